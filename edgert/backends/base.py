@@ -1,0 +1,129 @@
+"""What a backend is: load a graph, allocate named tensors, bind them once, run.
+
+A `Buffer` is memory that the backend owns and the runtime names. A `Binding` ties one graph to
+one set of buffers; running it moves nothing that is already in place. An output may be bound to
+the buffer an input reads: that is how KV state is updated without a copy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class GraphSource:
+    """A graph file whose hash and external data paths the bundle has already checked."""
+
+    name: str
+    path: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Buffer(ABC):
+    """A tensor in the backend's memory. Rows are its first axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    @property
+    @abstractmethod
+    def host(self) -> Array:
+        """The same memory as numpy array: valid until the buffer is closed.
+
+        Only backends whose memory the host can address have it; others raise Incompatible.
+        """
+
+    @abstractmethod
+    def read(self) -> Array:
+        """A copy, in host memory."""
+
+    @abstractmethod
+    def write(self, values: Array) -> None:
+        """Replace the whole content; `values` must have this shape and dtype."""
+
+    @abstractmethod
+    def row(self, index: int) -> Buffer:
+        """Row `index` as a buffer of shape (1, ...) over the same memory."""
+
+
+class Binding(ABC):
+    @abstractmethod
+    def run(self) -> None:
+        """Execute the graph over the bound buffers, with the GIL released."""
+
+
+class LoadedGraph(ABC):
+    @abstractmethod
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Binding:
+        """Bind every input and output of the graph by name."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Backend(ABC):
+    """`placement` says in words what runs where: runtime, version, device, threads."""
+
+    name: str
+    placement: str
+
+    @abstractmethod
+    def load(self, source: GraphSource) -> LoadedGraph: ...
+
+    @abstractmethod
+    def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """A buffer of zeros. Raises OutOfMemory with the size that was asked for."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class HostBuffer(Buffer):
+    """A buffer in ordinary memory: what CPU backends share."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        self.shape = array.shape
+        self.dtype = array.dtype
+
+    @property
+    def host(self) -> Array:
+        return self._array
+
+    def read(self) -> Array:
+        return self._array.copy()
+
+    def write(self, values: Array) -> None:
+        if values.shape != self.shape or values.dtype != self.dtype:
+            raise ValueError(f"{values.dtype}{values.shape} into {self.dtype}{self.shape}")
+        self._array[...] = values
+
+    def row(self, index: int) -> HostBuffer:
+        return type(self)(self._array[index : index + 1])
+
+
+def host_zeros(dtype: str, shape: tuple[int, ...]) -> Array:
+    """Zeroed host memory. Raises OutOfMemory with the size that was asked for."""
+    from edgert.errors import OutOfMemory
+
+    try:
+        return np.zeros(shape, dtype)
+    except MemoryError as error:
+        size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.float64))
+        raise OutOfMemory(
+            f"cannot allocate {size / 1e6:.0f} MB for a {dtype} tensor of shape {shape}",
+            do="open the session with a smaller capacity or batch",
+        ) from error

@@ -1,0 +1,80 @@
+"""export: what needs the build side (torch, onnx)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgert.cli.options import as_json, common, option
+from edgert.cli.show import LABEL, TerminalReporter, note, print_json, size
+
+if TYPE_CHECKING:
+    from edgert.export.check import Verdict
+
+
+@click.command(
+    epilog="example: edgert export model.gguf -o bundles/model",
+)
+@click.argument("source", type=click.Path(path_type=Path))
+@option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="BUNDLE", help="The bundle directory to write.")
+@option("--precision", metavar="NAME", help="fp32 (the default).")
+@option("--lowering", "lowerings", multiple=True, metavar="NAME", help="ort, portable (default: both).")
+@option("--context", type=click.IntRange(1), metavar="N", help="Positions to support (default: the model's own).")
+@option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json instead of the source's.")
+@option("--name", metavar="NAME", help="Name of the model in the bundle.")
+@as_json
+@common
+def export(source: Path, output: Path, as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
+    """Export SOURCE to a bundle, through the parity gate.
+
+    SOURCE is a published checkpoint (step-*.pt), a GGUF file, a Hugging Face folder (config.json and
+    safetensors) or a recipe (TOML). What a file is, its content decides, not its name.
+    """
+    try:
+        import onnx_ir  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        from edgert.errors import MissingDependency
+
+        raise MissingDependency(
+            str(error.name), "export", why="exporting traces models in torch"
+        ) from error
+    from edgert.export.pipeline import export_source
+
+    reporter = TerminalReporter(quiet)
+    exported = export_source(source, output, reporter=reporter, **given)
+    if as_json:
+        manifest = exported.manifest
+        print_json(
+            {
+                "bundle": str(exported.path),
+                "bytes": exported.nbytes,
+                "model_id": manifest.model_id,
+                "variants": {name: v.variant_id for name, v in manifest.variants.items()},
+                "verdict": "pass",
+                "checks": [vars(check) for check in exported.verdict.checks],
+            }
+        )
+        return
+    for line in _parity_table(exported.verdict):
+        note(f"{'parity':<{LABEL}}{line}", quiet=quiet)
+    click.echo(
+        f"{'bundle':<{LABEL}}{exported.path}  {size(exported.nbytes)}  "
+        f"identity {exported.manifest.model_id[:12]}  verdict pass"
+    )
+
+
+def _parity_table(verdict: Verdict) -> list[str]:
+    words = {
+        "prefill": "whole sequence in one step",
+        "steps": "prefill, then single steps",
+        "chunks": "uneven chunks",
+        "batch": "two ragged rows",
+    }
+    return [
+        f"{c.variant:<14}{words[c.name]:<28}max |Δlogit| {c.logits_max_abs:.1e}  "
+        f"max |Δstate| {c.states_max_abs:.1e}  top-1 {c.top1_agree}/{c.top1_total}"
+        for c in verdict.checks
+    ]

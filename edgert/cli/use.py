@@ -1,0 +1,285 @@
+"""run, inspect, verify, version: what needs only the slim runtime."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgert.cli.options import (
+    as_json,
+    common,
+    option,
+    parse_ids,
+    placement,
+    sampling,
+    sampling_options,
+)
+from edgert.cli.show import hashing, note, print_json, size
+
+if TYPE_CHECKING:
+    from edgert.generate import Generation, Stream
+    from edgert.model import Model
+    from edgert.spec import Manifest
+
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+MAX_PROMPT_BYTES = 16 << 20
+
+
+@click.command(epilog='example: edgert run bundles/smollm2-135m-instruct -p "The sun is" -n 40')
+@BUNDLE
+@option("-p", "--prompt", metavar="TEXT", help="Text to continue.")
+@option("-f", "--prompt-file", type=click.File("rb"), metavar="FILE", help="The same from a file; - is stdin.")
+@option("--ids", metavar="1,2,3", help="Token ids to continue; the answer is printed as ids too.")
+@option("--chat", is_flag=True, help="Send the prompt as a user's message through the chat template.")
+@option("--system", metavar="TEXT", help="The system message of --chat.")
+@option("--no-echo", is_flag=True, help="Print the answer without the prompt.")
+@sampling
+@placement
+@as_json
+@common
+def run(bundle: Path, **given: Any) -> None:
+    """Continue a prompt with a bundle's model, streaming the text."""
+    options = sampling_options(given)
+    quiet, json_out = given["quiet"], given["as_json"]
+    prompt = _prompt(given)
+    with _load(bundle, given) as model:
+        if given["chat"]:
+            system = [{"role": "system", "content": given["system"]}] if given["system"] else []
+            prompt = model.chat_ids([*system, {"role": "user", "content": str(prompt)}])
+        with model.session() as session:
+            stream = session.stream(prompt, **options)
+            if json_out:
+                print_json(_run_json(model, stream.result()))
+                return
+            if isinstance(prompt, str) and not given["no_echo"]:
+                click.echo(prompt, nl=False)
+            finish = _print_pieces(stream, as_ids=given["ids"] is not None)
+        note(_closing_line(stream, finish), quiet=quiet)
+    if finish == "interrupted":
+        raise KeyboardInterrupt
+
+
+def _prompt(given: dict[str, Any]) -> str | list[int]:
+    sources = [name for name in ("prompt", "prompt_file", "ids") if given[name] is not None]
+    if len(sources) != 1:
+        raise click.UsageError("give exactly one of --prompt, --prompt-file and --ids")
+    if given["system"] and not given["chat"]:
+        raise click.UsageError("--system goes with --chat")
+    if given["ids"] is not None:
+        if given["chat"]:
+            raise click.UsageError("--chat needs text, not --ids")
+        return parse_ids(given["ids"])
+    if given["prompt"] is not None:
+        return str(given["prompt"])
+    data = given["prompt_file"].read(MAX_PROMPT_BYTES + 1)
+    if len(data) > MAX_PROMPT_BYTES:
+        raise click.UsageError(f"the prompt file is larger than {size(MAX_PROMPT_BYTES)}")
+    try:
+        return str(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"the prompt file is not UTF-8: {error}") from None
+
+
+def _load(bundle: Path, given: dict[str, Any]) -> Model:
+    from edgert.bundle import read_manifest
+    from edgert.model import load
+
+    total = sum(entry.bytes for entry in read_manifest(bundle).files.values())
+    with hashing(total, quiet=given["quiet"]) as advance:
+        return load(
+            bundle,
+            given["device"],
+            precision=given["precision"],
+            lowering=given["lowering"],
+            threads=given["threads"],
+            prepack=not given["low_memory"],
+            progress=advance,
+        )
+
+
+def _print_pieces(stream: Stream, *, as_ids: bool) -> str:
+    """Stream to stdout; the finish reason, or 'interrupted' after Ctrl-C."""
+    reason = "cancelled"
+    out = sys.stdout
+    try:
+        for piece in stream:
+            out.write(f"{piece.token} " if as_ids and piece.token is not None else "")
+            out.write("" if as_ids else piece.text)
+            out.flush()
+            reason = piece.finish_reason or reason
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    click.echo()
+    return reason
+
+
+def _closing_line(stream: Stream, finish: str) -> str:
+    t = stream.timings
+    parts = [f"{len(stream.tokens)} tokens"]
+    if stream.tokens:
+        parts.append(f"first after {t.first_token_s * 1e3:.0f} ms")
+    if t.token_s:
+        parts.append(f"then {t.decode_tokens_per_s:.1f} tok/s")
+    parts.append(finish)
+    if not stream.params.greedy:
+        parts.append(f"seed {stream.seed}")
+    return "── " + " · ".join(parts)
+
+
+def _run_json(model: Model, result: Generation) -> dict[str, Any]:
+    t = result.timings
+    return {
+        "text": result.text,
+        "tokens": list(result.tokens),
+        "finish_reason": result.finish_reason,
+        "logprobs": None if result.logprobs is None else list(result.logprobs),
+        "alternatives": [[list(pair) for pair in row] for row in result.alternatives],
+        "seed": result.seed,
+        "model_id": model.manifest.model_id,
+        "variant": model.runner.variant_name,
+        "variant_id": model.runner.variant.variant_id,
+        "placement": model.placement,
+        "n_prompt": t.prompt_tokens,
+        "n_gen": len(result.tokens),
+        "prefill_ms": t.prefill_s * 1e3,
+        "ttft_ms": t.first_token_s * 1e3,
+        "decode_tokens_per_s": t.decode_tokens_per_s,
+        "graph_ms": t.graph_s * 1e3,
+    }
+
+
+@click.command(epilog="example: edgert inspect bundles/smollm2-135m-instruct --json")
+@BUNDLE
+@as_json
+@common
+def inspect(bundle: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """What a bundle holds: program, state, variants, files, parity verdict."""
+    import json
+
+    from edgert.bundle import Bundle, manifest_to_json
+
+    opened = Bundle.open(bundle, verify=False)
+    manifest = opened.manifest
+    parity = None
+    if "parity.json" in manifest.reports:
+        parity = json.loads(opened.path("parity.json").read_text(encoding="utf-8"))
+    if as_json:
+        value = manifest_to_json(manifest)
+        value["state_bytes_per_token"] = state_bytes_per_token(manifest)
+        value["bytes"] = sum(entry.bytes for entry in manifest.files.values())
+        print_json(value | {"parity": parity})
+        return
+    click.echo("\n".join(_describe(manifest, parity)))
+
+
+def state_bytes_per_token(manifest: Manifest) -> int:
+    """Bytes that one more token of one sequence adds to the append states."""
+    import numpy as np
+
+    total = 0
+    for state in manifest.states.values():
+        if state.kind == "append":
+            sizes = [axis for axis in state.shape if isinstance(axis, int)]
+            total += int(np.prod(sizes)) * np.dtype(state.dtype).itemsize
+    return total
+
+
+def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
+    precisions = ", ".join(sorted({v.precision for v in manifest.variants.values()}))
+    lines = [
+        f"{manifest.name}  {manifest.summary}, {precisions}, identity {manifest.model_id[:12]}",
+        f"program   {' → '.join(part for part in _parts(manifest) if part)}",
+    ]
+    spec = next(iter(manifest.variants.values()))
+    for name, graph in spec.graphs.items():
+        reads, writes = _ends(graph.inputs.values()), _ends(graph.outputs.values())
+        lines.append(f"  {name}  {reads}  →  {writes}")
+    kinds = [state.kind for state in manifest.states.values()]
+    lines.append(
+        f"state     {kinds.count('append')} append slots, "
+        f"{size(state_bytes_per_token(manifest))} a token and sequence, "
+        f"context {manifest.context} tokens"
+    )
+    for name, variant in manifest.variants.items():
+        files = {g.file for g in variant.graphs.values()}
+        data = {f for g in variant.graphs.values() for f in g.data}
+        nbytes = sum(manifest.files[f].bytes for f in files | data)
+        opsets = ", ".join(f"{domain} {v}" for domain, v in variant.opsets.items())
+        lines.append(f"variant   {name}  {size(nbytes)}  opset {opsets}  {variant.variant_id[:12]}")
+    lines.append("requires  " + ", ".join(f"{k} {v}" for k, v in manifest.requires.items()))
+    tokenizer = manifest.tokenizer.kind if manifest.tokenizer else "none: token ids only"
+    template = "with chat template" if manifest.chat_template else "no chat template"
+    lines.append(f"text      tokenizer {tokenizer}, {template}, end tokens {list(manifest.eos)}")
+    origin = manifest.provenance
+    lines.append("source    " + ", ".join(f"{k} {v}" for k, v in origin.items() if k != "sha256"))
+    if parity:
+        worst = max(check["logits_max_abs"] for check in parity["checks"])
+        lines.append(
+            f"parity    {parity['verdict']}: {len(parity['checks'])} checks against "
+            f"{parity['truth']}, max |Δlogit| {worst:.1e}"
+        )
+    else:
+        lines.append("parity    no verdict in this bundle")
+    return lines
+
+
+def _parts(manifest: Manifest) -> list[str | None]:
+    program = manifest.program
+    return [program.prologue, program.body and f"({program.body})×n", program.epilogue]
+
+
+def _ends(endpoints: Any) -> str:
+    """'ids, select, lens, k.0‥29, v.0‥29': endpoints without their kind, numbered ones as a range."""
+    groups: dict[str, list[str]] = {}
+    for endpoint in endpoints:
+        name = endpoint.split(".", 1)[1]
+        stem, _, number = name.rpartition(".")
+        groups.setdefault(stem if number.isdigit() else name, []).append(number)
+    return ", ".join(
+        name if not numbers[0].isdigit() else f"{name}.{numbers[0]}‥{numbers[-1]}"
+        for name, numbers in groups.items()
+    )
+
+
+@click.command()
+@BUNDLE
+@as_json
+@common
+def verify(bundle: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Check a bundle whole: manifest, wiring, paths, and the hash of every file."""
+    from edgert.bundle import Bundle, read_manifest
+
+    files = read_manifest(bundle).files
+    total = sum(entry.bytes for entry in files.values())
+    with hashing(total, quiet=quiet) as advance:
+        manifest = Bundle.open(bundle, True, advance).manifest
+    if as_json:
+        print_json({"verified": True, "model_id": manifest.model_id, "files": len(files), "bytes": total})
+    else:
+        click.echo(f"ok  {manifest.name} · {len(files)} files · {size(total)} · {manifest.model_id[:12]}")
+
+
+@click.command()
+@as_json
+@common
+def version(as_json: bool, quiet: bool, debug: bool) -> None:
+    """The versions of edgert, Python and ONNX Runtime."""
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    from edgert._version import __version__
+
+    found: dict[str, str | None] = {"edgert": __version__, "python": platform.python_version()}
+    for package in ("onnxruntime", "numpy", "tokenizers"):
+        try:
+            found[package] = installed(package)
+        except PackageNotFoundError:
+            found[package] = None
+    if as_json:
+        print_json(found)
+    else:
+        click.echo("\n".join(f"{name:<12}{value or 'not installed'}" for name, value in found.items()))

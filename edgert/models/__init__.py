@@ -1,0 +1,1 @@
+"""Architectures in torch: configuration, modules, and what of them becomes a graph."""

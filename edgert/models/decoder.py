@@ -59,7 +59,7 @@ class Block(nn.Module):
     def forward(
         self, step: Step, slot: int, x: Tensor, delta: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Residual stream x [B, T, H] and what is still to be added to it -> the same, one block on."""
+        """Residual stream x [B, T, H] and what is still to be added to it -> the same."""
         if delta is None:
             h = step.norm(x, self.attn_norm, self.eps)
         else:
@@ -87,17 +87,20 @@ class Decoder(nn.Module):
 
     def hidden(self, step: Step, ids: Tensor) -> Tensor:
         """ids int64 [B, T] -> the residual stream after all blocks [B, T, H]."""
-        x, delta = F.embedding(ids, self.embed), None
+        x: Tensor = F.embedding(ids, self.embed)
+        delta: Tensor | None = None  # what the last block left to be added
+        if self.bias is not None and self.config.bias_after == 0:
+            x = x + self.bias
         for slot, block in enumerate(self.blocks):
             x, delta = block(step, slot, x, delta)
             if self.bias is not None and slot + 1 == self.config.bias_after:
                 delta = delta + self.bias
-        return x + delta
+        return x if delta is None else x + delta
 
     def logits(self, step: Step, x: Tensor) -> Tensor:
         """Residual stream [B, S, H] -> logits [B, S, V]."""
         h = step.norm(x, self.final_norm, self.config.norm_eps)
-        # Two-dimensional on purpose: it becomes Gemm(transB=1), which reads the embedding as stored.
+        # In two dimensions it becomes Gemm(transB=1), which reads the embedding as it is stored.
         rows = F.linear(h.flatten(0, 1), self.embed if self.head is None else self.head)
         return rows.unflatten(0, h.shape[:2])
 

@@ -29,7 +29,7 @@ MASKED = -30000.0
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention geometry: query heads, KV heads (query heads per KV head = n / m), head size."""
+    """The attention geometry. n / m query heads share a KV head."""
 
     query: int
     kv: int
@@ -52,7 +52,7 @@ def rope_tables(theta: float, head_size: int, positions: int) -> tuple[Tensor, T
 
 
 def paired(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Tables [.., d/2] -> [.., d] for `rotate`: (c0, c0, c1, c1, ...) and (-s0, s0, -s1, s1, ...)."""
+    """Tables [.., d/2] -> [.., d]: (c0, c0, c1, c1, ...) and (-s0, s0, -s1, s1, ...)."""
     return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
 
 
@@ -75,7 +75,11 @@ def split_heads(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     """Fused projection [B, T, (n + 2m) d] -> q [B, n, T, d], k and v [B, m, T, d]."""
     n, m, d = heads.query, heads.kv, heads.size
     q, k, v = qkv.split((n * d, m * d, m * d), dim=-1)
-    return tuple(x.unflatten(-1, (-1, d)).transpose(1, 2) for x in (q, k, v))  # type: ignore[return-value]
+    return _heads_first(q, d), _heads_first(k, d), _heads_first(v, d)
+
+
+def _heads_first(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
 class Step:
@@ -128,7 +132,13 @@ class Stateful(Step):
     """What the graph forms share: T new tokens behind `lens` old ones, over KV state."""
 
     def __init__(
-        self, heads: Heads, cos: Tensor, sin: Tensor, lens: Tensor, tokens: int, past: Sequence[Tensor]
+        self,
+        heads: Heads,
+        cos: Tensor,
+        sin: Tensor,
+        lens: Tensor,
+        tokens: int,
+        past: Sequence[Tensor],
     ) -> None:
         super().__init__(heads)
         self.past_k, self.past_v = past[0::2], past[1::2]
@@ -159,7 +169,13 @@ class Portable(Stateful):
     """
 
     def __init__(
-        self, heads: Heads, cos: Tensor, sin: Tensor, lens: Tensor, tokens: int, past: Sequence[Tensor]
+        self,
+        heads: Heads,
+        cos: Tensor,
+        sin: Tensor,
+        lens: Tensor,
+        tokens: int,
+        past: Sequence[Tensor],
     ) -> None:
         super().__init__(heads, cos, sin, lens, tokens, past)
         batch, kv, capacity, _ = past[0].shape
@@ -200,7 +216,13 @@ class Ort(Stateful):
     """
 
     def __init__(
-        self, heads: Heads, cos: Tensor, sin: Tensor, lens: Tensor, tokens: int, past: Sequence[Tensor]
+        self,
+        heads: Heads,
+        cos: Tensor,
+        sin: Tensor,
+        lens: Tensor,
+        tokens: int,
+        past: Sequence[Tensor],
     ) -> None:
         super().__init__(heads, cos, sin, lens, tokens, past)
         self.last = (lens + (tokens - 1)).to(torch.int32)  # [B]: index of each row's newest token

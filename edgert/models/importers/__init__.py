@@ -16,15 +16,11 @@ from pathlib import Path
 
 from edgert.errors import BadCheckpoint, UsageError
 from edgert.models.importers.assets import read_tokenizer
-from edgert.models.importers.common import Imported, Progress
+from edgert.models.importers.common import ACCEPTED, Imported, Progress
 from edgert.models.importers.gguf_file import MAGIC
 
 __all__ = ["Imported", "Progress", "load_source"]
 
-ACCEPTED = (
-    "accepted are: a HAGI checkpoint (step-*.pt), a GGUF file of the llama architecture, "
-    "a folder with config.json and safetensors"
-)
 _ZIP = b"PK\x03\x04"
 
 
@@ -55,8 +51,6 @@ def load_source(
 
 def _read(path: Path, context: int | None, progress: Progress | None) -> Imported:
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadCheckpoint("the folder has no config.json", where=str(path), do=ACCEPTED)
         from edgert.models.importers import huggingface
 
         return huggingface.load(path, context=context, progress=progress)

@@ -19,6 +19,10 @@ from edgert.models.decoder import Decoder
 Progress = Callable[[int, int], None]
 """Called with (blocks read, blocks in all) after each block."""
 
+ACCEPTED = (
+    "accepted are: a HAGI checkpoint (step-*.pt), a GGUF file of the llama architecture, "
+    "a folder with config.json and safetensors"
+)
 MAX_VOCAB = 1 << 22
 MAX_WIDTH = 1 << 18  # hidden and intermediate size
 MAX_LAYERS = 1 << 10

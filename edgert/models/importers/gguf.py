@@ -204,6 +204,7 @@ def _config(
             f"llama.attention.key_length {key_size}, llama.attention.value_length {value_size} and "
             f"llama.rope.dimension_count {rotated} differ: one head size for all is implemented",
             where=str(file.path),
+            do="docs/sources.md lists what is implemented",
         )
     config = DecoderConfig(
         vocab_size=vocab,

@@ -28,6 +28,7 @@ from edgert.models.importers.assets import (
     sampling_defaults,
 )
 from edgert.models.importers.common import (
+    ACCEPTED,
     PERMUTED,
     Fields,
     Imported,
@@ -68,7 +69,7 @@ def load(folder: Path, *, context: int | None, progress: Progress | None) -> Imp
     problems = Problems(where)
     raw = _json(folder, "config.json")
     if raw is None:
-        raise BadCheckpoint("the folder has no config.json", where=str(folder))
+        raise BadCheckpoint("the folder has no config.json", where=str(folder), do=ACCEPTED)
     config, unknown = read_config(raw, problems, context)
     names = Names(
         embed="model.embed_tokens.weight",
@@ -163,7 +164,9 @@ def _weight_files(folder: Path) -> list[str]:
         plain = isinstance(value, str) and PurePosixPath(value).name == value and "\\" not in value
         if not plain or not value.endswith(".safetensors") or not value.isprintable():
             raise BadCheckpoint(
-                f"weight_map names {shown(value)}, not a plain *.safetensors file name", where=where
+                f"weight_map names {shown(value)}, not a plain *.safetensors file name",
+                where=where,
+                do="keep all shards in the folder itself",
             )
         files.add(value)
     if len(files) > MAX_SHARDS:
@@ -172,7 +175,11 @@ def _weight_files(folder: Path) -> list[str]:
         )
     missing = sorted(name for name in files if _inside(folder, name) is None)
     if missing:
-        raise BadCheckpoint(f"files of the index are missing: {named(missing)}", where=where)
+        raise BadCheckpoint(
+            f"files of the index are missing: {named(missing)}",
+            where=where,
+            do="download the whole folder",
+        )
     return sorted(files)
 
 

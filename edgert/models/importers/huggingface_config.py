@@ -46,7 +46,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_map": ((), "the model brings its own code, which is not run"),
     "partial_rotary_factor": ((1.0, 1), "partial rotation is not implemented"),
     "rope_interleaved": ((False,), "another rotary order in the folder is not implemented"),
-    "is_decoder": ((True, False), "an encoder is not implemented"),
     "is_encoder_decoder": ((False,), "an encoder is not implemented"),
     "add_cross_attention": ((False,), "cross-attention is not implemented"),
     "attention_multiplier": ((), "another attention scale is not implemented"),
@@ -64,18 +63,13 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _HARMLESS = {
     # training, other runtimes, book-keeping: none of them changes the logits at inference
-    *(
-        "_name_or_path",
-        "_attn_implementation",
-        "architectures",
-        "attention_dropout",
-        "bos_token_id",
-    ),
-    *("chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range"),
-    *("is_llama_config", "label2id", "max_window_layers", "model_type", "output_attentions"),
-    *("output_hidden_states", "pad_token_id", "problem_type", "return_dict", "torch_dtype"),
-    *("transformers.js_config", "transformers_version", "unk_token_id", "use_cache"),
-    *("_attn_implementation_autoset", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    *("_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures"),
+    *("attention_dropout", "attn_pdrop", "embd_pdrop", "hidden_dropout", "resid_pdrop"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chunk_size_feed_forward"),
+    *("dtype", "torch_dtype", "id2label", "label2id", "initializer_range", "is_decoder"),
+    *("is_llama_config", "max_window_layers", "model_type", "output_attentions", "return_dict"),
+    *("output_hidden_states", "problem_type", "transformers.js_config", "transformers_version"),
+    "use_cache",
 }
 _SCALED = "scaled rotary positions are not implemented"
 

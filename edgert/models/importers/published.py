@@ -170,8 +170,16 @@ def _check_zip(path: Path) -> None:
 def _unpickle(path: Path) -> Mapping[str, Any]:
     """Tensors and primitives only: torch's restricted unpickler refuses everything else."""
     where = str(path)
+    # torch.load goes by this one name and would take the file for something else.
+    misnamed = path.name.endswith(".safetensors")
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with path.open("rb") as file:
+            content = torch.load(
+                file if misnamed else path,
+                map_location="cpu",
+                mmap=not misnamed,  # leaves optimizer state on disk
+                weights_only=True,
+            )
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f" ({culprit[1]})" if culprit else ""
@@ -270,9 +278,8 @@ def read_config(
             f"config.transformer.num_query_heads {heads} is not divisible by "
             f"num_kv_heads {kv_heads}"
         )
-    if not perception + reasoning:
-        # `bias` follows a block; published models have four before it.
-        problems.add("config.perception_layers and config.reasoning_layers are both 0")
+    if not perception + reasoning + expression:
+        problems.add("config.perception_layers, reasoning_layers and expression_layers are all 0")
     problems.check("not a HAGI checkpoint that can be read")
     head_size = width // heads
     decoder = DecoderConfig(

@@ -310,7 +310,8 @@ def _decoder_kind(decoder: Any, where: str) -> str:
     """'bytes' (byte-level), 'fallback' (with SentencePiece's byte tokens) or 'pieces'.
 
     Raises UnsupportedModel for what cannot be streamed exactly: steps that work on the joined
-    text (other than stripping its ends), and decoders for other things than text.
+    text (other than stripping its start), and decoders for other things than text. Stripping an
+    end is refused as well: the library panics on texts shorter than what it strips.
     """
     if decoder is None:
         return "pieces"
@@ -324,7 +325,8 @@ def _decoder_kind(decoder: Any, where: str) -> str:
         return "bytes"
     joined = names.index("Fuse") if "Fuse" in names else len(names)
     per_token = {"Replace", "ByteFallback", "Metaspace", "WordPiece", "BPEDecoder", "Strip"}
-    if not (set(names[:joined]) <= per_token and set(names[joined:]) <= {"Fuse", "Strip"}):
+    exact = set(names[:joined]) <= per_token and set(names[joined:]) <= {"Fuse", "Strip"}
+    if not exact or any(step.get("stop") for step in steps):
         raise UnsupportedModel(
             f"the tokenizer's decoder {' + '.join(names)} cannot be streamed exactly", where=where
         )

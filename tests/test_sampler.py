@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgert import sampler
+from edgert import rng, sampler
 from edgert.errors import BadBundle, Poisoned, UsageError
 from edgert.rng import uniform
 from edgert.sampler import Choice, SamplingParams, adjusted, best_ids, pick, survivors
@@ -204,6 +204,13 @@ def test_banned_tokens_are_never_drawn():
     logits = np.array([-np.inf, 0, -np.inf, 0, -np.inf], np.float32)
     drawn = {pick(logits, SamplingParams(temperature=5), (), p, 1).token for p in range(64)}
     assert drawn == {1, 3}
+
+
+def test_smallest_draw_is_not_a_banned_token(monkeypatch):
+    """A uniform number of exactly 0 falls to the first token that has a probability."""
+    monkeypatch.setattr(rng, "uniform", lambda *_: 0.0)
+    logits = np.array([-np.inf, 0, 0], np.float32)
+    assert pick(logits, SamplingParams(temperature=1), (), 0, 0).token == 1
 
 
 def test_bias_comes_before_penalty():

@@ -86,7 +86,7 @@ LIBRARIES = {
     "word pieces": pieces(decoders.WordPiece()),
     "bpe suffix": pieces(decoders.BPEDecoder()),
     "no decoder": pieces(None),
-    "fuse and strip": pieces(decoders.Sequence([decoders.Fuse(), decoders.Strip("a", 2, 1)])),
+    "fuse and strip": pieces(decoders.Sequence([decoders.Fuse(), decoders.Strip("a", 2, 0)])),
 }
 TOKENIZERS = {name: wrapped(library) for name, library in LIBRARIES.items()}
 BYTES = TOKENIZERS["byte-level"]
@@ -409,8 +409,9 @@ def test_text_the_model_cannot_encode():
         decoders.CTC(),
         decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]),
         decoders.Sequence([decoders.ByteLevel(), decoders.Replace("ab", "c")]),
+        decoders.Sequence([decoders.Fuse(), decoders.Strip("a", 0, 1)]),
     ],
-    ids=["CTC", "replace after fuse", "replace after bytes"],
+    ids=["CTC", "replace after fuse", "replace after bytes", "strip at the end"],
 )
 def test_decoders_that_cannot_be_streamed_are_refused(decoder):
     """Steps that rewrite joined text would make streamed text differ from decoded text."""

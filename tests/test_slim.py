@@ -147,6 +147,6 @@ def test_command_generates_without_network(slim, tiny_exported_bundle, expected)
     """`edgert run --ids` of the installed script gives the same tokens."""
     ids = ",".join(str(token) for token in PROMPT)
     bundle = str(tiny_exported_bundle)
-    result = slim.run("edgert", "run", bundle, "--ids", ids, "-n", "8", "-t", "0", "--json")
+    result = slim.run("edgert", "run", bundle, "--ids", ids, "-n", "8", "--temp", "0", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["tokens"] == expected

@@ -55,7 +55,7 @@ def read_stamp(root: Path) -> dict[str, Any] | None:
         path = stamp_path(root)
         info = os.lstat(path)
         foreign = info.st_uid != os.geteuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if foreign or not stat.S_ISREG(info.st_mode):
+        if foreign:
             return None
         stamp = json.loads(read_regular(path, MAX_STAMP_BYTES))
     except (EdgertError, OSError, ValueError, RecursionError):

@@ -15,7 +15,6 @@ from typing import Any
 
 import onnx
 import pytest
-from bundles import DATA, GRAPH, OFFSET, TABLE, external, tiny_bundle, tiny_manifest, tiny_model
 from onnx import helper
 
 import edgert.bundle as bundle
@@ -42,6 +41,10 @@ from edgert.spec import (
     TokenizerSpec,
     VariantSpec,
 )
+
+# Apart, since an output folder bundles/ beside it would change how the linter sorts this name.
+# isort: split
+from bundles import DATA, GRAPH, OFFSET, TABLE, external, tiny_bundle, tiny_manifest, tiny_model
 
 DECODE = "variants.fp32-ort.graphs.decode"
 
@@ -1015,6 +1018,21 @@ def test_hidden_external_data_is_refused(tmp_path, hide):
     model = tiny_model()
     hide(model, external("w", [1], location="../../../x", length="4"))
     assert "tensor 'w' is stored in '../../../x'" in graph_refusal(tmp_path, model)
+
+
+def test_external_data_in_a_folder_below_is_refused(tmp_path):
+    """Libraries differ on paths in a location, so even a listed file below is refused."""
+    root = tiny_bundle(tmp_path)
+    model = tiny_model()
+    model.graph.initializer.append(external("w", [1], location="sub/w.data", length="4"))
+    (root / GRAPH).write_bytes(model.SerializeToString())
+    (root / "variants/fp32/sub").mkdir()
+    (root / "variants/fp32/sub/w.data").write_bytes(bytes(4))
+    manifest = replace(read_manifest(root), files=list_files(root))
+    decode = manifest.variants["fp32-ort"].graphs["decode"]
+    decode = replace(decode, data=(DATA, "variants/fp32/sub/w.data"))
+    write_manifest(root, seal(with_variant(manifest, graphs={"decode": decode})))
+    assert "tensor 'w' is stored in 'sub/w.data'" in open_refusal(root)
 
 
 @pytest.mark.parametrize("offset", [OFFSET + TABLE.nbytes - 3, 2**62])

@@ -6,7 +6,7 @@
     │   ├── BadBundle                manifest, wiring, paths or hashes of a bundle
     │   ├── BadCheckpoint            a published checkpoint, GGUF file or model folder
     │   └── BadTokenizer             tokenizer or chat template
-    ├── UnsupportedModel        3    a sound file that asks for what edgert does not implement
+    ├── UnsupportedModel        3    a sound file that asks for what this version lacks
     ├── Incompatible            4    device, backend, engine or session do not fit together
     │   └── MissingDependency        an optional package; names the extra to install
     ├── OutOfMemory             5    an allocation failed or a preflight refused it

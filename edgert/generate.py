@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -9,14 +10,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgert.errors import UsageError
+from edgert.errors import CapacityExceeded, UsageError
 from edgert.rng import fresh_seed
 from edgert.sampler import Choice, SamplingParams, pick
 from edgert.stops import StopStrings
 
 if TYPE_CHECKING:
+    from edgert.runner import StepIO
     from edgert.session import Session
+    from edgert.tokenizer import Detokenizer
 
 FINISH_REASONS = ("stop", "length", "deadline", "cancelled")
 
@@ -26,8 +30,8 @@ class Piece:
     """What one step added. `text` may be empty while a character or a stop string is undecided.
 
     The last piece of a stream has a `finish_reason`: 'stop' (end token, stop token or stop
-    string), 'length' (max_tokens or the model's context), 'deadline' or 'cancelled'; it has a
-    token only where a stop string or the length ended the stream.
+    string), 'length' (max_tokens or the model's context), 'deadline' or 'cancelled'. It has no
+    token if it was an end or stop token that ended the stream, or if no token was chosen at all.
     """
 
     text: str
@@ -39,12 +43,15 @@ class Piece:
 
 @dataclass
 class Timings:
-    """Where the time of one request went. Seconds; `token_s` holds one entry per token after the
-    first, so its percentiles are the inter-token latency."""
+    """Where the time of one request went. Seconds, from when the first piece was asked for.
+
+    `token_s` holds one entry per token after the first, without what the caller does between two
+    pieces, so its percentiles are the inter-token latency.
+    """
 
     prompt_tokens: int = 0
     prefill_s: float = 0.0
-    first_token_s: float = 0.0  # request accepted -> first token chosen (TTFT)
+    first_token_s: float = 0.0  # until the first token was chosen (TTFT)
     token_s: list[float] = field(default_factory=list)
     graph_s: float = 0.0  # of all the above, inside graph calls
 
@@ -68,9 +75,11 @@ class Generation:
 
 
 class Stream:
-    """An iterator of `Piece`. `cancel()` may be called from any thread.
+    """An iterator of `Piece`, made by `Session.stream`. `cancel()` may be called from any thread.
 
-    Leaving the loop early is allowed: the session keeps what was generated so far.
+    Leaving the loop early is allowed: the session keeps what was generated so far, and the stream
+    can be taken up again until the session is used otherwise; then it raises UsageError. Text
+    held back at that moment, which may be the start of a stop string, is not shown any more.
     """
 
     def __init__(self, session: Session, prompt: list[int], params: SamplingParams) -> None:
@@ -78,7 +87,9 @@ class Stream:
         self.seed = fresh_seed() if params.seed is None else params.seed
         self.timings = Timings(prompt_tokens=len(prompt))
         self.tokens: list[int] = []
+        self._seen: list[Piece] = []
         self._cancelled = threading.Event()
+        self._acquire, self._release = session.acquire, session.release
         self._pieces = self._run(session, prompt)
 
     def cancel(self) -> None:
@@ -86,20 +97,30 @@ class Stream:
         self._cancelled.set()
 
     def __iter__(self) -> Iterator[Piece]:
-        return self._pieces
+        return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        self._acquire()
+        try:
+            piece = next(self._pieces)
+        finally:
+            self._release()
+        self._seen.append(piece)
+        return piece
 
     def result(self) -> Generation:
-        """Run to the end and put the pieces together."""
-        pieces = list(self)
-        with_token = [p for p in pieces if p.token is not None]
+        """Run to the end and put all pieces together, those already seen too.
+
+        A stream that an error ended counts as cancelled.
+        """
+        for _ in self:
+            pass
+        with_token = [p for p in self._seen if p.token is not None]
         on = self.params.logprobs is not None
         return Generation(
-            text="".join(p.text for p in pieces),
+            text="".join(p.text for p in self._seen),
             tokens=tuple(self.tokens),
-            finish_reason=(pieces[-1].finish_reason if pieces else None) or "cancelled",
+            finish_reason=(self._seen[-1].finish_reason if self._seen else None) or "cancelled",
             logprobs=tuple(p.logprob or 0.0 for p in with_token) if on else None,
             alternatives=tuple(p.alternatives for p in with_token) if self.params.logprobs else (),
             seed=self.seed,
@@ -114,75 +135,120 @@ class Stream:
         return None
 
     def _run(self, session: Session, prompt: list[int]) -> Iterator[Piece]:
-        params, timings = self.params, self.timings
+        params, timings, tokens = self.params, self.timings, session.tokens
+        execution = session.execution
         start = time.perf_counter()
         deadline = None if params.deadline_ms is None else start + params.deadline_ms / 1e3
-        execution, tokens = session.execution, session.tokens
         graph_before = execution.graph_ns
-        session.extend(prompt)
-        if not tokens:
+        if not prompt and not tokens:
             raise UsageError(
                 "there is nothing to continue: the prompt is empty",
                 do="give at least one token of prompt",
             )
-        for io in session.feed_pending():
-            if reason := self._interrupted(deadline):
-                yield Piece("", None, finish_reason=reason)
-                return
+        turn = session.begin(prompt)
+        context = session.model.manifest.context
+        io: StepIO | None = None
+        reason = "length" if len(tokens) >= context else self._interrupted(deadline)
+        if reason is None:
+            for step in session.feed_pending():
+                io = step
+                timings.graph_s = (execution.graph_ns - graph_before) / 1e9
+                if reason := self._interrupted(deadline):
+                    break
         timings.prefill_s = time.perf_counter() - start
+        if reason or io is None:
+            yield Piece("", None, finish_reason=reason)
+            return
 
         end_tokens = frozenset(params.stop_tokens)
         if not params.ignore_eos:
             end_tokens |= frozenset(session.eos)
-        detokenizer = session.detokenizer()
-        stops = StopStrings(params.stop)
-        context = execution.runner.manifest.context
-        needs_logits = params.needs_logits
-        last = start
+        text_of = _Text(session.detokenizer(), params.stop)
+        resumed = start
         while True:
-            if needs_logits:
-                choice = pick(io.logits[0, 0], params, tokens, len(tokens), self.seed)
-            else:
-                choice = Choice(int(io.token[0, 0]), None, ())
+            choice = self._choose(io, tokens)
+            token = choice.token
             now = time.perf_counter()
             if self.tokens:
-                timings.token_s.append(now - last)
+                timings.token_s.append(now - resumed)
             else:
                 timings.first_token_s = now - start
-            last = now
             timings.graph_s = (execution.graph_ns - graph_before) / 1e9
-            token = choice.token
-            reason: str | None = None
-            hit: str | None = None
             if token in end_tokens:
-                held = stops.push(detokenizer.flush()) if detokenizer else ("", None)
-                yield Piece(held[0] + ("" if held[1] else stops.flush()), None, finish_reason="stop")
+                yield Piece(text_of.rest(), None, finish_reason="stop")
                 return
             tokens.append(token)
             self.tokens.append(token)
-            text, hit = stops.push(detokenizer.push(token)) if detokenizer else ("", None)
-            if hit is not None:
+            text = text_of.push(token)
+            if text_of.stopped:
                 reason = "stop"
             elif len(self.tokens) >= params.max_tokens or len(tokens) >= context:
                 reason = "length"
             else:
                 reason = self._interrupted(deadline)
-            if reason and hit is None and detokenizer:
-                rest, hit = stops.push(detokenizer.flush())
-                text += rest + ("" if hit else stops.flush())
+            if reason:
+                text += text_of.rest()
+                reason = "stop" if text_of.stopped else reason
             yield Piece(text, token, choice.logprob, choice.alternatives, reason)
             if reason:
                 return
-            execution.reserve(len(tokens))
-            io = execution.io()
-            io.ids[0, 0] = token
-            io.select[0, 0] = 0
-            io.run()
+            resumed = time.perf_counter()
+            if session.turn != turn:
+                raise UsageError(
+                    "the session has gone on without this stream, or was closed",
+                    do="use one stream of a session at a time",
+                )
+            io = execution.step(token)
+
+    def _choose(self, io: StepIO, tokens: list[int]) -> Choice:
+        """The next token. The graph's own argmax will do, unless its logit is not a number."""
+        logits: NDArray[np.float32] = io.logits[0, -1]
+        if not self.params.needs_logits:
+            token = int(io.token[0, -1])
+            if 0 <= token < logits.size and math.isfinite(logits[token]):
+                return Choice(token)
+        return pick(logits, self.params, tokens, len(tokens), self.seed)
 
 
-def check_ids(ids: object, vocab_size: int) -> list[int]:
-    """Token ids from outside -> a list of ints. Raises UsageError naming the first bad one."""
-    array = np.asarray(ids)
+class _Text:
+    """Tokens to text that may be shown. `stopped` once a stop string is complete."""
+
+    def __init__(self, detokenizer: Detokenizer | None, stop: tuple[str, ...]) -> None:
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stop)
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        return self._show(self._detokenizer.push(token)) if self._detokenizer else ""
+
+    def rest(self) -> str:
+        """What was held back: the stream ends here."""
+        if self._detokenizer is None or self.stopped:
+            return ""
+        text = self._show(self._detokenizer.flush())
+        return text if self.stopped else text + self._stops.flush()
+
+    def _show(self, text: str) -> str:
+        text, hit = self._stops.push(text)
+        self.stopped = hit is not None
+        return text
+
+
+def check_ids(ids: object, vocab_size: int, limit: int) -> list[int]:
+    """Token ids from outside -> a list of ints.
+
+    Raises UsageError naming the first bad one, CapacityExceeded for more than `limit`.
+    """
+    try:
+        size = len(ids) if hasattr(ids, "__len__") else 0  # before numpy makes room for them
+        array = np.asarray(ids if size <= limit else [])
+    except Exception as error:  # whatever a caller's own sequence type can raise
+        raise UsageError(f"token ids must be a flat list of integers: {error}") from error
+    if size > limit:
+        raise CapacityExceeded(
+            f"{size} tokens are more than this model's context of {limit}",
+            do="shorten the prompt, or export the model again with a larger --context",
+        )
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise UsageError(
             f"token ids must be a flat list of integers, not {array.dtype} of shape {array.shape}"
@@ -190,6 +256,7 @@ def check_ids(ids: object, vocab_size: int) -> list[int]:
     bad = np.flatnonzero((array < 0) | (array >= vocab_size))
     if bad.size:
         raise UsageError(
-            f"token id {array[bad[0]]} at position {bad[0]} is outside the vocabulary of {vocab_size}"
+            f"token id {array[bad[0]]} at position {bad[0]} is outside the vocabulary of "
+            f"{vocab_size}"
         )
     return [int(token) for token in array]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgert.backends import LOWERINGS, open_backend
+from edgert.backends import lowerings, open_backend
 from edgert.bundle import Bundle
-from edgert.chat import encode_chat
-from edgert.errors import Incompatible, UsageError
+from edgert.chat import MAX_TEMPLATE, encode_chat
+from edgert.errors import BadTokenizer, Incompatible, OutOfMemory, UsageError
+from edgert.files import read_regular
 from edgert.generate import Generation, Stream, check_ids
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
@@ -56,18 +57,42 @@ class Model:
                     do="give token ids (--ids), or export again with --tokenizer FILE",
                 )
             prompt = self.tokenizer.encode(prompt)
-        return check_ids(prompt, self.manifest.vocab_size)
+        return check_ids(prompt, self.manifest.vocab_size, self.manifest.context)
 
     def sampling(
         self, params: SamplingParams | None = None, options: Mapping[str, Any] | None = None
     ) -> SamplingParams:
-        """The parameters of a request: the bundle's defaults, or `params`, changed by `options`."""
+        """The parameters of a request: the bundle's defaults, or `params`, changed by `options`.
+
+        Raises UsageError for what this model cannot do, too: a bias on a token beyond its
+        vocabulary, stop strings without a tokenizer.
+        """
         options = options or {}
         if params is None:
-            return SamplingParams.from_mapping(self.manifest.sampling, options)
-        return params.replace(**options) if options else params
+            chosen = SamplingParams.from_mapping(self.manifest.sampling, options)
+        elif isinstance(params, SamplingParams):
+            chosen = params.replace(**options) if options else params
+        else:
+            raise UsageError(
+                f"params is {type(params).__name__}, not SamplingParams",
+                do="give settings by name, such as max_tokens=40",
+            )
+        beyond = [t for t in chosen.logit_bias or () if t >= self.manifest.vocab_size]
+        if beyond:
+            raise UsageError(
+                f"logit_bias names token {beyond[0]}, the model has tokens 0 to "
+                f"{self.manifest.vocab_size - 1}"
+            )
+        if chosen.stop and self.tokenizer is None:
+            raise UsageError(
+                "this bundle has no tokenizer, so it cannot look for stop strings",
+                where=str(self.bundle.root),
+                do="give stop_tokens instead",
+            )
+        return chosen
 
     def session(self) -> Session:
+        """A new, empty sequence. Raises UsageError if the model is closed, OutOfMemory."""
         return Session(self)
 
     def generate(
@@ -77,7 +102,9 @@ class Model:
         with self.session() as session:
             return session.generate(prompt, params, **options)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> Stream:
         """`generate`, piece by piece."""
         return self.session().stream(prompt, params, **options)
 
@@ -96,33 +123,53 @@ class Model:
         bos, eos = self.manifest.bos, self.manifest.eos
         return encode_chat(
             self.tokenizer,
-            self.bundle.path(file).read_text(encoding="utf-8"),
+            _template(self.bundle.path(file)),
             messages,
             bos_token="" if bos is None else self.tokenizer.decode([bos], skip_special=False),
             eos_token="" if not eos else self.tokenizer.decode(eos[:1], skip_special=False),
         )
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Score whole sequences: ids int [B, T] -> logits float32 [B, T, V], every position."""
-        array = np.asarray(ids)
+        """Score whole sequences: ids int [B, T] -> logits float32 [B, T, V], every position.
+
+        Raises UsageError (ids), CapacityExceeded (T beyond the context), OutOfMemory.
+        """
+        try:
+            array = np.asarray(ids)
+        except Exception as error:  # ragged, or whatever a caller's own type can raise
+            raise UsageError(f"ids must be [batch, tokens]: {error}") from error
         if array.ndim != 2 or not array.size:
-            raise UsageError(f"ids must be [batch, tokens] and not empty, not of shape {array.shape}")
-        execution = self.runner.open(tokens=array.shape[1])
-        rows = []
-        for row in array:
+            raise UsageError(
+                f"ids must be [batch, tokens] and not empty, not of shape {array.shape}"
+            )
+        batch, tokens = array.shape
+        vocab, context = self.manifest.vocab_size, self.manifest.context
+        rows = [np.asarray(check_ids(row, vocab, context), np.int64) for row in array]
+        try:
+            out = np.empty((batch, tokens, vocab), np.float32)
+        except (MemoryError, ValueError) as error:
+            raise OutOfMemory(
+                f"cannot allocate {4e-6 * batch * tokens * vocab:.0f} MB for the logits",
+                do="score fewer or shorter sequences at once",
+            ) from error
+        execution = self.runner.open(tokens=tokens)
+        for row, logits in zip(rows, out, strict=True):
             execution.reset()
-            checked = np.asarray(check_ids(row, self.manifest.vocab_size), np.int64)
-            rows.append(execution.score(checked))
-        return np.stack(rows)
+            execution.score(row, logits)
+        return out
 
     def close(self) -> None:
+        """Let go of the graphs. Its sessions raise UsageError from then on; `tokens` stay."""
         self.runner.close()
 
     def __enter__(self) -> Model:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -143,13 +190,14 @@ def load(
     device     'auto' or 'cpu'
     precision  one that the bundle holds ('fp32'); None takes the best one
     lowering   'ort' or 'portable'; None takes the fastest the device runs
-    threads    0: one per physical core
+    threads    0: one per physical core; all models of a process share the first one's threads
     prepack    False maps the weights instead of copying them into ONNX Runtime's own layout:
                less memory and a load in no time, for slower steps
     verify     hash every file again, even if this bundle was verified before
     progress   called with the size of each chunk hashed, in bytes
 
-    Raises BadBundle (broken or tampered), Incompatible (no such device or variant),
+    Raises BadBundle (broken or tampered), UnsupportedModel (sound, and not for this version),
+    Incompatible (no such device or variant, or other threads than this process runs on),
     MissingDependency.
     """
     bundle = Bundle.open(Path(path), True if verify else "stamp", progress)
@@ -166,18 +214,34 @@ def choose_variant(
     manifest: Manifest, device: str, precision: str | None, lowering: str | None
 ) -> str:
     """The best variant for a device that fits what was asked for, or Incompatible saying why."""
-    lowerings = LOWERINGS["cpu" if device == "auto" else device]
-    fitting = {
-        (PRECISIONS.index(v.precision), lowerings.index(v.lowering)): name
+    usable = lowerings(device)
+    fitting = [
+        (_rank(v.precision), usable.index(v.lowering), name)
         for name, v in manifest.variants.items()
-        if v.lowering in lowerings
+        if v.lowering in usable
         and precision in (None, v.precision)
         and lowering in (None, v.lowering)
-    }
+    ]
     if not fitting:
         wanted = " ".join(filter(None, (precision, lowering))) or f"for device {device}"
         raise Incompatible(
             f"this bundle has no variant {wanted}",
             do=f"choose from what it has: {', '.join(manifest.variants)}",
         )
-    return fitting[min(fitting)]
+    return min(fitting)[-1]
+
+
+def _rank(precision: str) -> int:
+    """Its place in PRECISIONS; one that this version does not know comes last."""
+    return PRECISIONS.index(precision) if precision in PRECISIONS else len(PRECISIONS)
+
+
+def _template(path: Path) -> str:
+    try:
+        return read_regular(path, 4 * MAX_TEMPLATE).decode("utf-8")  # four bytes a character
+    except UnicodeDecodeError as error:
+        raise BadTokenizer(
+            f"the chat template is not UTF-8: {error}",
+            where=str(path),
+            do="export the bundle with another chat template",
+        ) from error

@@ -1,8 +1,8 @@
 """The program over its states: which graph runs when, with what bound to it.
 
-    Runner     a loaded variant: graphs and backend, shared by all sessions of a model
-    Execution  one set of states (one session, or a batch of them) and the program over it
-    StepIO     the buffers and the binding of one step shape, made once and reused
+Runner     a loaded variant: graphs and backend, shared by all sessions of a model
+Execution  one set of states (one session, or a batch of them) and the program over it
+StepIO     the buffers and the binding of one step shape, made once and reused
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from edgert.backends.base import Backend, Binding, Buffer, GraphSource, LoadedGraph
 from edgert.bundle import Bundle
-from edgert.errors import EdgertError, Incompatible, Poisoned
-from edgert.spec import GraphSpec
+from edgert.errors import EdgertError, Incompatible, Poisoned, UnsupportedModel, UsageError
+from edgert.spec import GraphSpec, Manifest, TensorSpec
 from edgert.state import States, bucket, resolve
 
 PREFILL_CHUNK = 512
@@ -46,12 +46,16 @@ class StepIO:
     logits: NDArray[np.float32]
 
     def run(self) -> None:
-        """Feed `ids` behind what the states hold, and advance the counters."""
-        self.execution.run(self.binding, self.ids.shape[1])
+        """Feed `ids` behind what the states hold, and advance the counters.
+
+        Raises Poisoned if an earlier step failed, UsageError if the model is closed; then, and
+        beyond the capacity, nothing has changed.
+        """
+        self.execution.run(self)
 
 
 class Runner:
-    """One variant of a bundle, loaded. Close it, or use it as a context manager."""
+    """One variant of a bundle, loaded. Raises UnsupportedModel if the bundle is no decoder."""
 
     def __init__(self, bundle: Bundle, variant: str, backend: Backend) -> None:
         manifest = bundle.manifest
@@ -61,6 +65,8 @@ class Runner:
                 where=str(bundle.root),
                 do="install a newer edgert",
             )
+        check_decoder(manifest, str(bundle.root))
+        self.closed = False
         self.manifest = manifest
         self.root = bundle.root
         self.variant_name = variant
@@ -79,15 +85,23 @@ class Runner:
     def open(self, *, batch: int = 1, tokens: int = 1) -> Execution:
         """Fresh states for `batch` sequences with room for `tokens` each.
 
-        Raises CapacityExceeded beyond the model's context, OutOfMemory beyond the machine's.
+        Raises CapacityExceeded beyond the model's context, OutOfMemory beyond the machine's,
+        UsageError if the model is closed.
         """
+        self.check_open()
         capacity = bucket(tokens, self.manifest.context)
         states = States(
             self.manifest.states, self.backend, batch=batch, capacity=capacity, root=self.root
         )
         return Execution(self, states)
 
+    def check_open(self) -> None:
+        if self.closed:
+            raise UsageError("the model is closed", do="load it again, or close it later")
+
     def close(self) -> None:
+        """Let go of the graphs; a step that is running in another thread still ends well."""
+        self.closed = True
         self.graph.close()
         self.backend.close()
 
@@ -101,11 +115,28 @@ class Execution:
         self.graph_ns = 0  # time inside the graph calls so far
         self._shapes: OrderedDict[tuple[int, int], StepIO] = OrderedDict()
         self._failed = False
+        self._last: tuple[StepIO, int] | None = None  # the newest step, and the length it led to
 
     @property
     def lens(self) -> NDArray[np.int64]:
         """Tokens in the state, per row: the counter itself, writable (lower it to rewind)."""
         return next(iter(self.states.counters.values()))
+
+    @property
+    def last(self) -> StepIO | None:
+        """The newest step while its results are those of the newest token, else None."""
+        if self._last is None or self._last[1] != int(self.lens.max()):
+            return None
+        return self._last[0]
+
+    def check(self) -> None:
+        """Raise what the next step would raise: UsageError (closed) or Poisoned."""
+        self.runner.check_open()
+        if self._failed:
+            raise Poisoned(
+                "an earlier step of this session failed, so its state cannot be trusted",
+                do="open a new session",
+            )
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` per row, growing into the next capacity where needed."""
@@ -149,31 +180,40 @@ class Execution:
         }
         return StepIO(self, binding, **arrays)  # type: ignore[arg-type]
 
-    def run(self, binding: Binding, tokens: int) -> None:
-        lens = self.lens
-        if self._failed:
-            raise Poisoned(
-                "an earlier step of this session failed, so its state cannot be trusted",
-                do="open a new session",
-            )
-        if int(lens.max()) + tokens > self.states.capacity:
+    def run(self, io: StepIO) -> None:
+        self.check()
+        lens, tokens = self.lens, io.ids.shape[1]
+        filled = lens.tolist()  # a few rows: quicker than numpy's own min and max
+        end = max(filled) + tokens
+        if min(filled) < 0 or end > self.states.capacity:
             raise EdgertError(
-                f"a step of {tokens} tokens behind {lens.max()} exceeds the state's capacity of "
+                f"a step of {tokens} tokens behind {filled} does not fit the state's capacity of "
                 f"{self.states.capacity}",
                 do="call reserve() first",
             )
         self._failed = True  # until the step has ended well
         start = time.perf_counter_ns()
-        binding.run()
+        io.binding.run()
         self.graph_ns += time.perf_counter_ns() - start
         lens += tokens
+        self._last = (io, end)
         self._failed = False
+
+    def step(self, token: int) -> StepIO:
+        """Decode: one token behind the state of a single row, growing it where needed."""
+        self.reserve(int(self.lens[0]) + 1)
+        io = self.io()
+        io.ids[0, 0] = token
+        io.select[0, 0] = 0
+        io.run()
+        return io
 
     def feed(self, ids: NDArray[np.int64], *, chunk: int = PREFILL_CHUNK) -> Iterator[StepIO]:
         """Prefill: ids [T] behind the state of a single row, a chunk at a time.
 
         Yields after every chunk; `token[0, 0]` and `logits[0, 0]` are of its last position.
         """
+        assert self.states.batch == 1, "a batch is prefilled row by row"
         self.reserve(int(self.lens[0]) + len(ids))
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]
@@ -183,9 +223,9 @@ class Execution:
             io.run()
             yield io
 
-    def score(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """ids [T] behind the state of a single row -> logits [T, V] of every position."""
-        out = np.empty((len(ids), self.runner.manifest.vocab_size), np.float32)
+    def score(self, ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+        """ids [T] behind the state of a single row -> the logits of every position, out [T, V]."""
+        assert self.states.batch == 1, "a batch is scored row by row"
         self.reserve(int(self.lens[0]) + len(ids))
         for start in range(0, len(ids), SCORE_CHUNK):
             part = ids[start : start + SCORE_CHUNK]
@@ -194,15 +234,58 @@ class Execution:
             io.select[0] = np.arange(len(part))
             io.run()
             out[start : start + len(part)] = io.logits[0]
-        return out
 
     def row(self, index: int) -> Execution:
         """One row as an execution of its own over the same memory: how a batch is prefilled.
 
-        Growing is refused on it, since the row would part from its batch; reserve before.
+        Growing is refused on it, since the row would part from its batch: reserve before, and
+        take the row after. Growing the batch leaves the row behind.
         """
         return Execution(self.runner, self.states.row(index))
 
     def reset(self) -> None:
-        """Forget everything: the counters return to zero, stale rows are never read."""
-        self.lens[:] = 0
+        """Forget everything: the states start over."""
+        self.states.reset()
+        self._last = None
+
+    def close(self) -> None:
+        """Let go of the states and all that is bound to them."""
+        self._shapes.clear()
+        self._last = None
+        self.states.close()
+
+
+def check_decoder(manifest: Manifest, where: str) -> None:
+    """Raise UnsupportedModel, naming every reason, for what the decode loop cannot feed or read."""
+    vocab = manifest.vocab_size
+    wanted = {
+        ("inputs", "ids"): TensorSpec("int64", ("batch", "tokens")),
+        ("inputs", "select"): TensorSpec("int64", ("batch", "select")),
+        ("results", "token"): TensorSpec("int64", ("batch", "select")),
+        ("results", "logits"): TensorSpec("float32", ("batch", "select", vocab)),
+    }
+    declared = {("inputs", name): spec for name, spec in manifest.inputs.items()}
+    declared |= {("results", name): spec for name, spec in manifest.results.items()}
+    problems = [f"{side}.{name} is unknown" for side, name in declared.keys() - wanted.keys()]
+    for key, want in wanted.items():
+        if declared.get(key) != want:
+            problems.append(f"{'.'.join(key)} is not {want.dtype} {list(want.shape)}")
+    counters = [state.kind for state in manifest.states.values()].count("counter")
+    if counters != 1:
+        problems.append(f"states: {counters} counters instead of one")
+    for name, state in manifest.states.items():
+        named = [axis for axis in state.shape[1:] if isinstance(axis, str)]
+        if state.shape[:1] != ("batch",):
+            problems.append(f"states.{name}: its first axis is not 'batch'")
+        if named != (["capacity"] if state.kind == "append" else []):
+            problems.append(f"states.{name}: the axes {named} of a state of kind {state.kind}")
+        if state.kind == "append" and state.init != "zeros":
+            problems.append(f"states.{name} grows and has an initial value")
+    if vocab < 1 or manifest.context < 1:
+        problems.append(f"it has no tokens: vocab_size {vocab}, context {manifest.context}")
+    if problems:
+        raise UnsupportedModel(
+            "\n  - ".join(["this version of edgert cannot run the bundle:", *sorted(problems)]),
+            where=where,
+            do="install a newer edgert",
+        )

@@ -55,21 +55,28 @@ class States:
         self._backend = backend
         self._root = root
         self._shared = False
-        self.buffers: dict[str, Buffer] = {name: self._allocate(name) for name in specs}
+        self.buffers: dict[str, Buffer] = {name: self._allocate(name, capacity) for name in specs}
         self.counters: dict[str, NDArray[np.int64]] = {
             name: self.buffers[name].host  # type: ignore[misc]
             for name, spec in specs.items()
             if spec.kind == "counter"
         }
 
-    def _allocate(self, name: str) -> Buffer:
+    def _allocate(self, name: str, capacity: int) -> Buffer:
         spec = self.specs[name]
-        shape = resolve(spec.shape, {"batch": self.batch, "capacity": self.capacity})
+        shape = resolve(spec.shape, {"batch": self.batch, "capacity": capacity})
         buffer = self._backend.allocate(spec.dtype, shape)
         if spec.init != "zeros":
-            assert self._root is not None, "a state with an initial tensor needs its bundle"
-            buffer.write(_initial(self._root / spec.init, spec, shape))
+            self._initialise(name, buffer)
         return buffer
+
+    def _initialise(self, name: str, buffer: Buffer) -> None:
+        spec = self.specs[name]
+        if spec.init == "zeros":
+            buffer.write(np.zeros(buffer.shape, buffer.dtype))
+            return
+        assert self._root is not None, "a state with an initial tensor needs its bundle"
+        buffer.write(_initial(self._root / spec.init, spec, buffer.shape))
 
     @property
     def nbytes(self) -> int:
@@ -84,31 +91,47 @@ class States:
         view._shared = True
         return view
 
-    def grow(self, capacity: int) -> None:
-        """Move into a larger capacity; the filled rows are copied, the rest is zero.
+    def reset(self) -> None:
+        """Back to the start: counters at zero, carried states at their initial values.
 
-        Bindings to the old buffers are void afterwards.
+        Append states stay as they are: rows behind the counter are never read.
+        """
+        for name, spec in self.specs.items():
+            if spec.kind != "append":
+                self._initialise(name, self.buffers[name])
+
+    def close(self) -> None:
+        """Let go of the memory, which lives on while a binding that is running needs it."""
+        self.buffers.clear()
+        self.counters.clear()
+
+    def grow(self, capacity: int) -> None:
+        """Move into a larger capacity; what is there is copied, the rest is zero.
+
+        Bindings to the old buffers and rows made before are void afterwards. Raises OutOfMemory
+        with everything as it was.
         """
         if self._shared:
             raise EdgertError(
                 "a row of a batch cannot grow by itself", do="reserve room on the whole batch first"
             )
-        filled = self.capacity
+        appended = [name for name, spec in self.specs.items() if spec.kind == "append"]
+        grown = {name: self._allocate(name, capacity) for name in appended}  # all, or nothing moves
+        for name, new in grown.items():
+            old = self.buffers[name]
+            new.host[tuple(map(slice, old.shape))] = old.host
+        self.buffers.update(grown)
         self.capacity = capacity
-        for name, spec in self.specs.items():
-            if spec.kind != "append":
-                continue
-            assert spec.axis is not None
-            axis = spec.shape.index(spec.axis)
-            old, new = self.buffers[name], self._allocate(name)
-            rows = tuple(slice(filled) if i == axis else slice(None) for i in range(len(old.shape)))
-            new.host[rows] = old.host
-            self.buffers[name] = new
 
 
 def _initial(path: Path, spec: StateSpec, shape: tuple[int, ...]) -> NDArray[np.generic]:
     """The initial tensor of a state, repeated over the batch."""
-    values = np.load(path, allow_pickle=False, mmap_mode="r")
+    try:
+        values = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise BadBundle(
+            f"initial state cannot be read: {error}", where=str(path), do="export the bundle again"
+        ) from error
     if values.dtype != np.dtype(spec.dtype) or values.shape != shape[1:]:
         raise BadBundle(
             f"initial state is {values.dtype}{values.shape}, declared {spec.dtype}{shape[1:]}",

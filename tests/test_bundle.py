@@ -1116,26 +1116,3 @@ def test_broken_graph_is_refused_naming_the_byte(tmp_path):
     with pytest.raises(EdgertError, match="not a sound ONNX file") as caught:
         Bundle.open(root)
     assert f"{root / GRAPH}, byte " in (caught.value.where or "")
-
-
-def test_the_tiny_bundle_computes_what_it_says(shared):
-    """The helper's graph is real: ids kept at `lens`, stale rows ignored, logits as computed."""
-    ort = pytest.importorskip("onnxruntime")
-    import numpy as np
-
-    session = ort.InferenceSession(str(shared / GRAPH), providers=["CPUExecutionProvider"])
-    kept = np.full((2, 1, 8, 1), 9, np.float32)
-    kept[1, 0, :2, 0] = [5, 6]
-    logits, token, after = session.run(
-        ["logits", "token", "k.0_next"],
-        {
-            "ids": np.array([[1, 2], [3, 4]]),
-            "select": np.array([[1], [1]]),
-            "k.0": kept,
-            "lens": np.array([0, 2]),
-        },
-    )
-    np.testing.assert_allclose(logits[0, 0], TABLE[2] + 1 + 2, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(logits[1, 0], TABLE[4] + 5 + 6 + 3 + 4, rtol=0, atol=1e-5)
-    assert token.tolist() == [[int(TABLE[2].argmax())], [int(TABLE[4].argmax())]]
-    assert after[1, 0, :5, 0].tolist() == [5, 6, 3, 4, 9]

@@ -8,16 +8,21 @@ from edgert.spec import Lowering
 
 DEVICES = ("auto", "cpu")
 
-LOWERINGS: dict[str, tuple[Lowering, ...]] = {"cpu": ("ort", "portable")}
-"""Per device, the lowerings it runs, best first."""
+_LOWERINGS: dict[str, tuple[Lowering, ...]] = {"cpu": ("ort", "portable")}
 
 
-def open_backend(device: str, *, threads: int = 0, prepack: bool = True) -> Backend:
-    """The backend of a device. Raises Incompatible for a device this machine or version lacks."""
+def lowerings(device: str) -> tuple[Lowering, ...]:
+    """The lowerings that a device runs, best first. Raises Incompatible for an unknown device."""
     if device not in DEVICES:
         raise Incompatible(
             f"there is no device {device!r}", do=f"choose one of: {', '.join(DEVICES)}"
         )
+    return _LOWERINGS["cpu" if device == "auto" else device]
+
+
+def open_backend(device: str, *, threads: int = 0, prepack: bool = True) -> Backend:
+    """The backend of a device. Raises Incompatible for a device this machine or version lacks."""
+    lowerings(device)
     from edgert.backends.ort import OrtBackend
 
     return OrtBackend(threads=threads, prepack=prepack)

@@ -112,6 +112,8 @@ class HostBuffer(Buffer):
         self._array[...] = values
 
     def row(self, index: int) -> HostBuffer:
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"row {index} of a buffer of {self.shape[0]} rows")
         return type(self)(self._array[index : index + 1])
 
 
@@ -121,7 +123,7 @@ def host_zeros(dtype: str, shape: tuple[int, ...]) -> Array:
 
     try:
         return np.zeros(shape, dtype)
-    except MemoryError as error:
+    except (MemoryError, ValueError) as error:  # ValueError: beyond what numpy can address
         size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.float64))
         raise OutOfMemory(
             f"cannot allocate {size / 1e6:.0f} MB for a {dtype} tensor of shape {shape}",

@@ -1,0 +1,65 @@
+"""Bundles that many tests share, exported once per test run, and a cache of the run's own.
+
+A test that changes a bundle copies it first (`copied`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cases import HERE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache_directory(tmp_path_factory) -> Iterator[None]:
+    """No test reads or writes the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGERT_CACHE_DIR", str(tmp_path_factory.mktemp("edgert-cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_a_checkpoint() -> Path:
+    """The published-format checkpoint of case hagi/model_a: heads of 8, so rotary before the op."""
+    return next((HERE / "hagi" / "model_a").glob("step-*.pt"))
+
+
+@pytest.fixture(scope="session")
+def model_a_bundle(tmp_path_factory, model_a_checkpoint) -> Path:
+    """Case hagi/model_a, exported as a user would: both lowerings, no tokenizer."""
+    from edgert.export.pipeline import export_source
+
+    out = tmp_path_factory.mktemp("bundles") / "model-a"
+    export_source(model_a_checkpoint, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory) -> Path:
+    """`tiny_decoder.speaking`: heads of 16 (rotary inside the op), tokenizer, chat template."""
+    from tiny_decoder import speaking
+
+    from edgert.export.write import ExportOptions, export_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_bundle(speaking(), out, ExportOptions())
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_exported_bundle(tiny_bundle) -> Path:
+    """The same bundle, under the name of tests that only care that it came out of an export."""
+    return tiny_bundle
+
+
+@pytest.fixture
+def copied(tmp_path) -> Callable[[Path], Path]:
+    """A function that copies a bundle into the test's own folder, to be changed there."""
+
+    def copy(bundle: Path) -> Path:
+        return Path(shutil.copytree(bundle, tmp_path / "copies" / bundle.name))
+
+    return copy

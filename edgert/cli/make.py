@@ -18,22 +18,47 @@ if TYPE_CHECKING:
     epilog="example: edgert export model.gguf -o bundles/model",
 )
 @click.argument("source", type=click.Path(path_type=Path))
-@option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="BUNDLE", help="The bundle directory to write.")
+@option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="BUNDLE",
+    help="The bundle directory to write.",
+)
 @option("--precision", metavar="NAME", help="fp32 (the default).")
-@option("--lowering", "lowerings", multiple=True, metavar="NAME", help="ort, portable (default: both).")
-@option("--context", type=click.IntRange(1), metavar="N", help="Positions to support (default: the model's own).")
-@option("--tokenizer", type=click.Path(path_type=Path), metavar="FILE", help="A tokenizer.json instead of the source's.")
+@option(
+    "--lowering", "lowerings", multiple=True, metavar="NAME", help="ort, portable (default: both)."
+)
+@option(
+    "--context",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Positions to support (default: the model's own).",
+)
+@option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A tokenizer.json instead of the source's.",
+)
 @option("--name", metavar="NAME", help="Name of the model in the bundle.")
 @as_json
 @common
-def export(source: Path, output: Path, as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
+def export(
+    source: Path, output: Path, as_json: bool, quiet: bool, debug: bool, **given: Any
+) -> None:
     """Export SOURCE to a bundle, through the parity gate.
 
-    SOURCE is a published checkpoint (step-*.pt), a GGUF file, a Hugging Face folder (config.json and
-    safetensors) or a recipe (TOML). What a file is, its content decides, not its name.
+    SOURCE is a published checkpoint (step-*.pt), a GGUF file, a Hugging Face folder (config.json
+    and safetensors) or a recipe (*.toml). What a model file is, its content decides, not its name.
+
+    Every state and logit of the exported graphs is compared with the model in torch. Where they
+    differ nothing is written, and the exit code is 6.
     """
     try:
         import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
         from edgert.errors import MissingDependency

@@ -44,8 +44,7 @@ placement = stacked(
         type=click.IntRange(0, 1024),
         default=0,
         metavar="N",
-        help="0: one per physical core.",
-        show_default=True,
+        help="0: one per physical core (the default).",
     ),
     option(
         "--low-memory",
@@ -56,7 +55,12 @@ placement = stacked(
 
 sampling = stacked(
     option("-n", "--max-tokens", type=int, metavar="N", help="Longest answer (default: 128)."),
-    option("--temp", "--temperature", "temperature", type=float, metavar="T", help="0 is greedy."),
+    option(
+        *("-t", "--temperature", "--temp", "temperature"),
+        type=float,
+        metavar="T",
+        help="0 is greedy (default: the bundle's, else 0).",
+    ),
     option("--top-k", type=int, metavar="K", help="Keep the K best tokens; 0 for all."),
     option("--top-p", type=float, metavar="P", help="Keep the best tokens up to probability P."),
     option("--min-p", type=float, metavar="P", help="Drop tokens below P times the best one."),
@@ -65,14 +69,21 @@ sampling = stacked(
     option("--logprobs", type=int, metavar="K", help="Log-probabilities, and the K best tokens'."),
     option("--seed", type=int, metavar="N", help="Same seed, same answer (default: a fresh one)."),
     option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text."),
-    option("--stop-token", "stop_tokens", type=int, multiple=True, metavar="ID"),
+    option(
+        "--stop-token",
+        "stop_tokens",
+        type=int,
+        multiple=True,
+        metavar="ID",
+        help="End the answer before this token.",
+    ),
     option("--ignore-eos", is_flag=True, default=None, help="Go on behind the end token."),
     option("--deadline-ms", type=float, metavar="MS", help="Stop after so much time."),
 )
 SAMPLING = (
-    "max_tokens temperature top_k top_p min_p repetition_penalty logprobs seed ignore_eos "
-    "deadline_ms"
-).split()
+    *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("logprobs", "seed", "ignore_eos", "deadline_ms"),
+)
 
 
 def sampling_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +103,9 @@ def _bias(text: str) -> tuple[int, float]:
     try:
         return int(token), float(value)
     except ValueError:
-        raise click.UsageError(f"--logit-bias wants ID=NUMBER, such as 42=-5, not {text!r}") from None
+        raise click.UsageError(
+            f"--logit-bias wants ID=NUMBER, such as 42=-5, not {text!r}"
+        ) from None
 
 
 def parse_ids(text: str) -> list[int]:

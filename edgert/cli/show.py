@@ -36,11 +36,16 @@ def note(text: str, *, quiet: bool = False) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """One object on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, indent=2 if sys.stdout.isatty() else None))
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    indent = 2 if sys.stdout.isatty() else None
+    click.echo(json.dumps(value, ensure_ascii=not utf8, indent=indent))
 
 
-def progress_bar(unit_bytes: bool = False) -> Progress:
-    """A bar on stderr that is drawn only where someone watches, and erased when done."""
+def progress_bar(total: int | None, unit_bytes: bool = False) -> Progress:
+    """A bar on stderr that is drawn only where someone watches, and erased when done.
+
+    Without a total it moves to show that work goes on, and counts nothing.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -55,7 +60,7 @@ def progress_bar(unit_bytes: bool = False) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
-        count,
+        *([] if total is None else [count]),
         TimeElapsedColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -78,7 +83,7 @@ class TerminalReporter(Reporter):
             yield lambda amount: None
             return
         start = time.perf_counter()
-        with progress_bar() as bar:
+        with progress_bar(total) as bar:
             task = bar.add_task(f"{label:<{LABEL}}{text}", total=total)
             yield lambda amount: bar.advance(task, amount)
         self.line(label, f"{text}  {time.perf_counter() - start:.1f} s")
@@ -90,7 +95,7 @@ def hashing(total: int, *, quiet: bool) -> Iterator[Advance]:
     if quiet or not sys.stderr.isatty():
         yield lambda amount: None
         return
-    bar = progress_bar(unit_bytes=True)
+    bar = progress_bar(total, unit_bytes=True)
     task = bar.add_task("verifying ", total=total)
 
     def advance(amount: int) -> None:

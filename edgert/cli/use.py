@@ -26,14 +26,23 @@ if TYPE_CHECKING:
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 MAX_PROMPT_BYTES = 16 << 20
+MAX_PARITY_BYTES = 1 << 20
 
 
 @click.command(epilog='example: edgert run bundles/smollm2-135m-instruct -p "The sun is" -n 40')
 @BUNDLE
 @option("-p", "--prompt", metavar="TEXT", help="Text to continue.")
-@option("-f", "--prompt-file", type=click.File("rb"), metavar="FILE", help="The same from a file; - is stdin.")
+@option(
+    "-f",
+    "--prompt-file",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="The same from a file; - is stdin.",
+)
 @option("--ids", metavar="1,2,3", help="Token ids to continue; the answer is printed as ids too.")
-@option("--chat", is_flag=True, help="Send the prompt as a user's message through the chat template.")
+@option(
+    "--chat", is_flag=True, help="Send the prompt as a user's message through the chat template."
+)
 @option("--system", metavar="TEXT", help="The system message of --chat.")
 @option("--no-echo", is_flag=True, help="Print the answer without the prompt.")
 @sampling
@@ -41,7 +50,11 @@ MAX_PROMPT_BYTES = 16 << 20
 @as_json
 @common
 def run(bundle: Path, **given: Any) -> None:
-    """Continue a prompt with a bundle's model, streaming the text."""
+    """Continue a prompt with a bundle's model, streaming the text.
+
+    The answer goes to stdout, a line about its speed to stderr. The defaults of --temperature and
+    the options below it are the bundle's own, where it has any.
+    """
     options = sampling_options(given)
     quiet, json_out = given["quiet"], given["as_json"]
     prompt = _prompt(given)
@@ -55,16 +68,18 @@ def run(bundle: Path, **given: Any) -> None:
                 print_json(_run_json(model, stream.result()))
                 return
             if isinstance(prompt, str) and not given["no_echo"]:
-                click.echo(prompt, nl=False)
+                sys.stdout.write(prompt)
+                sys.stdout.flush()
             finish = _print_pieces(stream, as_ids=given["ids"] is not None)
         note(_closing_line(stream, finish), quiet=quiet)
+        note(f"── {model.placement}", quiet=quiet)
     if finish == "interrupted":
         raise KeyboardInterrupt
 
 
 def _prompt(given: dict[str, Any]) -> str | list[int]:
-    sources = [name for name in ("prompt", "prompt_file", "ids") if given[name] is not None]
-    if len(sources) != 1:
+    ways = ("prompt", "prompt_file", "ids")
+    if len([name for name in ways if given[name] is not None]) != 1:
         raise click.UsageError("give exactly one of --prompt, --prompt-file and --ids")
     if given["system"] and not given["chat"]:
         raise click.UsageError("--system goes with --chat")
@@ -73,7 +88,10 @@ def _prompt(given: dict[str, Any]) -> str | list[int]:
             raise click.UsageError("--chat needs text, not --ids")
         return parse_ids(given["ids"])
     if given["prompt"] is not None:
-        return str(given["prompt"])
+        text = str(given["prompt"])
+        if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-ins for stray bytes
+            raise click.UsageError("the prompt is not UTF-8")
+        return text
     data = given["prompt_file"].read(MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise click.UsageError(f"the prompt file is larger than {size(MAX_PROMPT_BYTES)}")
@@ -157,15 +175,11 @@ def _run_json(model: Model, result: Generation) -> dict[str, Any]:
 @common
 def inspect(bundle: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     """What a bundle holds: program, state, variants, files, parity verdict."""
-    import json
-
     from edgert.bundle import Bundle, manifest_to_json
 
     opened = Bundle.open(bundle, verify=False)
     manifest = opened.manifest
-    parity = None
-    if "parity.json" in manifest.reports:
-        parity = json.loads(opened.path("parity.json").read_text(encoding="utf-8"))
+    parity = _parity(opened.root) if "parity.json" in manifest.reports else None
     if as_json:
         value = manifest_to_json(manifest)
         value["state_bytes_per_token"] = state_bytes_per_token(manifest)
@@ -173,6 +187,29 @@ def inspect(bundle: Path, as_json: bool, quiet: bool, debug: bool) -> None:
         print_json(value | {"parity": parity})
         return
     click.echo("\n".join(_describe(manifest, parity)))
+
+
+def _parity(root: Path) -> dict[str, Any]:
+    """The verdict of the export's gate; the bundle may come from anywhere, so it is checked."""
+    import json
+
+    from edgert.errors import BadBundle
+    from edgert.files import read_regular
+
+    try:
+        value = json.loads(read_regular(root / "parity.json", MAX_PARITY_BYTES))
+        words = value["verdict"], value["truth"]
+        numbers = [check["logits_max_abs"] for check in value["checks"]]
+        known = all(isinstance(word, str) and word.isprintable() for word in words)
+        if known and numbers and all(isinstance(number, float) for number in numbers):
+            return dict(value)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise BadBundle(
+        "the parity report is not one that edgert writes",
+        where=str(root / "parity.json"),
+        do="export the bundle again, or copy it again from its source",
+    )
 
 
 def state_bytes_per_token(manifest: Manifest) -> int:
@@ -203,18 +240,23 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
         f"{size(state_bytes_per_token(manifest))} a token and sequence, "
         f"context {manifest.context} tokens"
     )
+    width = max(map(len, manifest.variants))
     for name, variant in manifest.variants.items():
         files = {g.file for g in variant.graphs.values()}
         data = {f for g in variant.graphs.values() for f in g.data}
         nbytes = sum(manifest.files[f].bytes for f in files | data)
         opsets = ", ".join(f"{domain} {v}" for domain, v in variant.opsets.items())
-        lines.append(f"variant   {name}  {size(nbytes)}  opset {opsets}  {variant.variant_id[:12]}")
+        short = variant.variant_id[:12]
+        lines.append(f"variant   {name:<{width}}  {short}  {size(nbytes):>8}  opset {opsets}")
     lines.append("requires  " + ", ".join(f"{k} {v}" for k, v in manifest.requires.items()))
     tokenizer = manifest.tokenizer.kind if manifest.tokenizer else "none: token ids only"
     template = "with chat template" if manifest.chat_template else "no chat template"
     lines.append(f"text      tokenizer {tokenizer}, {template}, end tokens {list(manifest.eos)}")
     origin = manifest.provenance
-    lines.append("source    " + ", ".join(f"{k} {v}" for k, v in origin.items() if k != "sha256"))
+    told = [
+        f"{key} {_plain(value)}".removeprefix("source ") for key, value in origin.items() if value
+    ]
+    lines.append("source    " + ", ".join(told))
     if parity:
         worst = max(check["logits_max_abs"] for check in parity["checks"])
         lines.append(
@@ -226,13 +268,21 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
     return lines
 
 
+def _plain(value: Any) -> str:
+    """A value of the provenance for people: lists without their brackets, digests cut."""
+    if isinstance(value, (list, tuple)):
+        return "/".join(_plain(item) for item in value)
+    text = str(value)
+    return text[:12] if len(text) == 64 and text.isalnum() else text
+
+
 def _parts(manifest: Manifest) -> list[str | None]:
     program = manifest.program
     return [program.prologue, program.body and f"({program.body})×n", program.epilogue]
 
 
 def _ends(endpoints: Any) -> str:
-    """'ids, select, lens, k.0‥29, v.0‥29': endpoints without their kind, numbered ones as a range."""
+    """'ids, lens, k.0‥29, v.0‥29': endpoints without their kind, numbered ones as a range."""
     groups: dict[str, list[str]] = {}
     for endpoint in endpoints:
         name = endpoint.split(".", 1)[1]
@@ -257,9 +307,13 @@ def verify(bundle: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     with hashing(total, quiet=quiet) as advance:
         manifest = Bundle.open(bundle, True, advance).manifest
     if as_json:
-        print_json({"verified": True, "model_id": manifest.model_id, "files": len(files), "bytes": total})
+        print_json(
+            {"verified": True, "model_id": manifest.model_id, "files": len(files), "bytes": total}
+        )
     else:
-        click.echo(f"ok  {manifest.name} · {len(files)} files · {size(total)} · {manifest.model_id[:12]}")
+        click.echo(
+            f"ok  {manifest.name} · {len(files)} files · {size(total)} · {manifest.model_id[:12]}"
+        )
 
 
 @click.command()
@@ -282,4 +336,6 @@ def version(as_json: bool, quiet: bool, debug: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(f"{name:<12}{value or 'not installed'}" for name, value in found.items()))
+        click.echo(
+            "\n".join(f"{name:<12}{value or 'not installed'}" for name, value in found.items())
+        )

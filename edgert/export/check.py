@@ -3,7 +3,8 @@
     prefill   a whole sequence in one step: every state, then every logit
     steps     half a sequence, then one token at a time
     chunks    uneven chunks
-    batch     rows of different lengths, prefilled row by row, then stepped together
+    batch     rows of different lengths, prefilled row by row, then stepped together (a context
+              of at least two tokens)
 
 Everything is compared with eager torch over whole sequences. States come first and in slot order,
 so that the first difference names the culprit: what a block computes shows in the next block's
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 from edgert.backends import open_backend
 from edgert.bundle import Bundle
 from edgert.errors import GateFailed
-from edgert.progress import Reporter
 from edgert.models.program import Program, Reference
+from edgert.progress import Reporter
 from edgert.runner import Execution, Runner
 
 TOLERANCE = {"fp32": 3e-5}
@@ -92,13 +93,10 @@ class _Comparison:
         worst = float(delta[index])
         check = self.check
         if worst > limit:
-            raise GateFailed(
+            raise self._failure(
                 f"{kind} '{name}' differs from eager torch: {got[index]:.6g} instead of "
                 f"{want[index]:.6g} (difference {worst:.3g}, limit {limit:.3g})",
-                where=f"variant {check.variant}, check '{check.name}', {at}, "
-                f"index {tuple(int(i) for i in index)}",
-                do="the exported graph does not compute what the model computes: "
-                "do not use it, and report how it was made",
+                f"{at}, index {tuple(int(i) for i in index)}",
             )
         if worst / limit > check.worst_share:
             check.worst_share, check.worst_name = worst / limit, name
@@ -106,6 +104,25 @@ class _Comparison:
             check.states_max_abs = max(check.states_max_abs, worst)
         else:
             check.logits_max_abs = max(check.logits_max_abs, worst)
+
+    def require_tokens(
+        self, got: NDArray[np.int64], want: NDArray[np.int64], fine: NDArray[np.bool_], at: str
+    ) -> None:
+        """Ids are right or wrong: no tolerance applies."""
+        if not fine.all():
+            index = int(fine.argmin())
+            raise self._failure(
+                f"result 'token' differs from eager torch: {got[index]} instead of {want[index]}",
+                f"{at}, index ({index},)",
+            )
+
+    def _failure(self, what: str, at: str) -> GateFailed:
+        return GateFailed(
+            what,
+            where=f"variant {self.check.variant}, check '{self.check.name}', {at}",
+            do="the exported graph does not compute what the model computes: "
+            "do not use it, and report how it was made",
+        )
 
 
 class _Gate:
@@ -125,19 +142,22 @@ class _Gate:
         return check
 
     def checks(self) -> Iterator[tuple[str, Callable[[_Comparison], None]]]:
-        half = self.ids.shape[1] // 2
-        rest = self.ids.shape[1] - sum(CHUNKS)
-        yield "prefill", lambda c: self._sequence(c, (self.ids.shape[1],))
-        yield "steps", lambda c: self._sequence(c, (half, *[1] * (self.ids.shape[1] - half)))
-        yield "chunks", lambda c: self._sequence(c, (*CHUNKS, rest))
-        yield "batch", self._batch
+        total = self.ids.shape[1]
+        yield "prefill", lambda c: self._sequence(c, (total,))
+        yield "steps", lambda c: self._sequence(c, (total // 2, *[1] * (total - total // 2)))
+        yield "chunks", lambda c: self._sequence(c, (*CHUNKS, total))
+        if total > 1:
+            yield "batch", self._batch
 
     def _sequence(self, c: _Comparison, parts: tuple[int, ...]) -> None:
-        """Row 0 in the given parts, all positions selected."""
+        """Row 0 in the given parts, cut off at its end; all positions selected."""
         execution = self.runner.open(tokens=self.ids.shape[1])
         done = 0
         logits = []
-        for part in parts:
+        for wanted in parts:
+            part = min(wanted, self.ids.shape[1] - done)
+            if not part:
+                continue
             io = execution.io(part, part)
             io.ids[0] = self.ids[0, done : done + part]
             io.select[0] = np.arange(part)
@@ -152,13 +172,15 @@ class _Gate:
             start += len(rows)
 
     def _batch(self, c: _Comparison) -> None:
-        """Two rows that end at different positions, then three steps of both."""
-        execution = self.runner.open(batch=2, tokens=self.ids.shape[1])
-        lengths = [self.ids.shape[1] - 3, self.ids.shape[1] // 3]
+        """Two rows that end at different positions, then up to three steps of both."""
+        total = self.ids.shape[1]
+        steps = min(3, total - 1)
+        execution = self.runner.open(batch=2, tokens=total)
+        lengths = [total - steps, max(1, total // 3)]
         for row, length in enumerate(lengths):
             for _ in execution.row(row).feed(self.ids[row, :length]):
                 pass
-        for step in range(3):
+        for step in range(steps):
             io = execution.io()
             for row, length in enumerate(lengths):
                 io.ids[row, 0] = self.ids[row, length + step]
@@ -167,7 +189,7 @@ class _Gate:
             for row, length in enumerate(lengths):
                 at = f"step {step}, row {row}, position {length + step}"
                 self._compare_logits(c, io.logits[row], io.token[row], row, length + step, at)
-        self._compare_states(c, execution, [length + 3 for length in lengths])
+        self._compare_states(c, execution, [length + steps for length in lengths])
 
     def _compare_states(self, c: _Comparison, execution: Execution, lengths: list[int]) -> None:
         for name, want in self.states.items():
@@ -195,8 +217,7 @@ class _Gate:
         agree = tokens == want.argmax(-1)
         c.check.top1_agree += int(agree.sum())
         c.check.top1_total += len(agree)
-        if not np.all(agree | ~clear):
-            c.compare("result", "token", tokens[clear & ~agree], want.argmax(-1)[clear & ~agree], at)
+        c.require_tokens(tokens, want.argmax(-1), agree | ~clear, at)
 
 
 def check_bundle(

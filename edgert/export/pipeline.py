@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def export_source(
     Raises what `load_source`, `read_recipe` and `export_bundle` raise.
     """
     reporter = reporter or Reporter()
-    if out.exists() and not (out / MANIFEST).is_file():
+    if os.path.lexists(out) and (out.is_symlink() or not (out / MANIFEST).is_file()):
         raise UsageError(
             f"{out} exists and is not a bundle", do="choose another place, or remove it yourself"
         )

@@ -45,7 +45,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"the recipe is larger than {MAX_BYTES} bytes", where=str(path))
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"the recipe is not TOML: {error}", where=str(path)) from error
     problems = sorted(_problems(table))
     if problems:
@@ -54,16 +54,12 @@ def read_recipe(path: Path) -> Recipe:
             where=str(path),
             do="see export/README.md for the keys",
         )
-    source, export = table["source"], table.get("export", {})
+    source = table["source"]
     tokenizer = source.get("tokenizer")
+    options = _options(table, path)
     return Recipe(
         source=_source(source, path),
-        options=ExportOptions(
-            precision=export.get("precision", "fp32"),
-            lowerings=tuple(export.get("lowerings", ExportOptions.lowerings)),
-            sampling=_sampling(table.get("sampling", {}), path),
-            name=table.get("name"),
-        ),
+        options=options,
         context=source.get("context"),
         tokenizer=path.parent / tokenizer if tokenizer else None,
     )
@@ -80,7 +76,12 @@ def _problems(table: dict[str, Any]) -> list[str]:
         found += [f"{prefix}{key}: unknown key" for key in part if key not in known]
         for key in part:
             want = {"format_version": int, "context": int, "lowerings": list}.get(key, str)
-            if key in known and key not in _KEYS and key != "sampling" and type(part[key]) is not want:
+            if (
+                key in known
+                and key not in _KEYS
+                and key != "sampling"
+                and type(part[key]) is not want
+            ):
                 found.append(f"{prefix}{key}: expected {want.__name__}, got {part[key]!r}")
     if table.get("format_version") != 1:
         found.append("format_version: must be 1")
@@ -89,10 +90,15 @@ def _problems(table: dict[str, Any]) -> list[str]:
     source = table.get("source")
     if not isinstance(source, dict):
         found.append("source: missing")
-    elif "path" not in source:
-        found.append("source.path: missing")
-    elif isinstance(source["path"], str) and _leaves(source["path"]):
-        found.append(f"source.path: {source['path']!r} leaves its folder")
+    else:
+        if "path" not in source:
+            found.append("source.path: missing")
+        for key in ("path", "tokenizer"):
+            if isinstance(source.get(key), str) and _leaves(source[key]):
+                found.append(f"source.{key}: {source[key]!r} leaves its folder")
+        package = source.get("package")
+        if isinstance(package, str) and not package.isidentifier():
+            found.append(f"source.package: {package!r} is not the name of a top-level package")
     return found
 
 
@@ -100,12 +106,20 @@ def _leaves(path: str) -> bool:
     return PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts
 
 
-def _sampling(settings: dict[str, Any], path: Path) -> dict[str, Any]:
+def _options(table: dict[str, Any], path: Path) -> ExportOptions:
+    export, sampling = table.get("export", {}), table.get("sampling", {})
+    section = "[sampling]"
     try:
-        SamplingParams().replace(**settings)
+        SamplingParams().replace(**sampling)
+        section = "[export]"
+        return ExportOptions(
+            precision=export.get("precision", ExportOptions.precision),
+            lowerings=tuple(export.get("lowerings", ExportOptions.lowerings)),
+            sampling=sampling,
+            name=table.get("name"),
+        )
     except UsageError as error:
-        raise UsageError(error.what, where=f"{path}, [sampling]", do=error.do) from error
-    return settings
+        raise UsageError(error.what, where=f"{path}, {section}", do=error.do) from error
 
 
 def _source(source: dict[str, Any], recipe: Path) -> Path:

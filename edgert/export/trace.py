@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -20,6 +21,10 @@ IR_VERSION = 10  # ONNX Runtime 1.23 reads up to 11
 
 _EXAMPLE = {"batch": 2, "tokens": 3, "select": 5, "capacity": 16}
 """Distinct sizes above 1: torch.export would merge equal ones and specialise 0 and 1."""
+
+_BOUNDS = {"min": 2, "max": 1 << 20}
+"""Of every named axis, for the tracer's shape arithmetic alone: bounded sizes are reasoned about
+faster. The graphs are the same but for names inside, and take an axis of 1: the gate proves it."""
 
 
 def endpoint_spec(program: Program, endpoint: str) -> TensorSpec:
@@ -44,7 +49,7 @@ def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:
         )
         for s in specs
     )
-    dims = {name: torch.export.Dim(name) for name in _EXAMPLE}
+    dims = {name: torch.export.Dim(name, **_BOUNDS) for name in _EXAMPLE}
     shapes = [{i: dims[a] for i, a in enumerate(s.shape) if isinstance(a, str)} for s in specs]
     module = graph.module(lowering).eval()
     try:
@@ -72,12 +77,14 @@ def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:
     return model
 
 
-def _like_signature(module: torch.nn.Module, shapes: list[dict[int, object]]) -> tuple[object, ...]:
+def _like_signature(
+    module: torch.nn.Module, shapes: Sequence[Mapping[int, object]]
+) -> tuple[object, ...]:
     """Nest the shapes as the forward's parameters nest: `*past` takes the rest as one tuple."""
-    code = module.forward.__func__.__code__
-    named = code.co_argcount - 1
-    if not code.co_flags & 0x04:  # CO_VARARGS
+    kinds = [p.kind for p in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return tuple(shapes)
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
     return (*shapes[:named], tuple(shapes[named:]))
 
 

@@ -36,7 +36,8 @@ class WeightsFile:
         """Move the large initializers of a graph into this file."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
-            assert tensor is not None and value.name is not None
+            assert tensor is not None
+            assert value.name is not None
             if tensor.nbytes < INLINE_BYTES:
                 continue
             offset, length = self._put(tensor.tobytes())
@@ -45,7 +46,7 @@ class WeightsFile:
                 offset,
                 length,
                 tensor.dtype,
-                shape=ir.Shape(tensor.shape),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=value.name,
                 base_dir=self.path.parent,
             )
@@ -65,7 +66,10 @@ class WeightsFile:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,18 @@ import onnx_ir as ir
 import torch
 
 from edgert._version import __version__
-from edgert.bundle import list_files, seal, write_manifest
+from edgert.bundle import Bundle, list_files, seal, write_manifest
 from edgert.errors import UnsupportedModel, UsageError
 from edgert.export.check import Verdict, check_bundle
-from edgert.progress import Reporter
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
+from edgert.export.workshop import workshop
 from edgert.files import publish_directory
+from edgert.manifest import SLUG
 from edgert.models.decoder import graphs
 from edgert.models.importers import Imported
 from edgert.models.program import Program
+from edgert.progress import Reporter
 from edgert.spec import LOWERINGS, GraphSpec, Lowering, Manifest, TokenizerSpec, VariantSpec
 
 PRECISIONS = ("fp32",)
@@ -53,6 +53,11 @@ class ExportOptions:
                 )
         if not self.lowerings:
             raise UsageError("no lowering was asked for", do="choose ort, portable or both")
+        if self.name is not None and not SLUG.fullmatch(self.name):
+            raise UsageError(
+                f"{self.name!r} is not a name for a bundle",
+                do="use at most 64 letters, digits, dots, dashes and underscores",
+            )
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,13 @@ def export_bundle(
     program = graphs(source.model)
     lowerings = _feasible(program, options.lowerings, reporter)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with workshop(out) as work:
         variants = _write_graphs(work, program, source, options.precision, lowerings, reporter)
         manifest = _manifest(work, program, source, options, variants)
         _write_sealed(work, manifest)
         verdict = check_bundle(work, program, options.precision, reporter)
         manifest = _add_parity(work, verdict)
         publish_directory(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     nbytes = sum(entry.bytes for entry in manifest.files.values())
     return Exported(out, manifest, verdict, nbytes)
 
@@ -186,8 +188,6 @@ def _write_sealed(work: Path, manifest: Manifest) -> Manifest:
 
 def _add_parity(work: Path, verdict: Verdict) -> Manifest:
     """Store the verdict: a report, so it changes neither identity."""
-    from edgert.bundle import Bundle
-
     bundle = Bundle.open(work, verify=False)
     text = json.dumps(verdict.to_json(bundle), indent=1)
     (work / "parity.json").write_text(text + "\n", encoding="utf-8")

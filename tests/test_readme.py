@@ -1,0 +1,129 @@
+"""What the documentation tells people to type exists, parses, and, where it is cheap, runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import pytest
+from wheels import ROOT
+
+from edgert.cli import cli, main
+from edgert.errors import EdgertError
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "export").glob("*.md")])
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A command line of a page, without the program's name."""
+
+    page: str
+    line: str
+
+    @property
+    def arguments(self) -> list[str]:
+        return shlex.split(self.line, comments=True)[1:]
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.line}"
+
+
+def fenced(text: str) -> Iterator[str]:
+    """The lines of all fenced blocks, with continued lines joined."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield from block.replace("\\\n", " ").splitlines()
+
+
+COMMANDS = [
+    Typed(str(page.relative_to(ROOT)), line.strip().removeprefix("$ "))
+    for page in PAGES
+    for line in fenced(page.read_text(encoding="utf-8"))
+    if re.match(r"\s*(\$ )?edgert [a-z]", line)
+]
+commands = pytest.mark.parametrize("typed", COMMANDS, ids=str)
+
+
+def test_the_readme_shows_commands() -> None:
+    """So that the tests below are about something."""
+    verbs = {typed.arguments[0] for typed in COMMANDS if typed.page == "README.md"}
+    assert verbs >= {"export", "run", "inspect"}
+
+
+@commands
+def test_every_command_parses(typed) -> None:
+    """The verb and each option exist, and take such values."""
+    verb, *rest = typed.arguments
+    command = cli.commands[verb]
+    with command.make_context(verb, rest) as context:
+        assert isinstance(context, click.Context)
+
+
+@commands
+def test_every_recipe_that_is_named_is_there(typed) -> None:
+    """`export NAME.toml` names a recipe of the project."""
+    for argument in typed.arguments:
+        if argument.endswith(".toml") and not argument.startswith("-"):
+            assert (ROOT / argument).is_file()
+
+
+@pytest.mark.parametrize(
+    "typed", [typed for typed in COMMANDS if typed.arguments[0] != "export"], ids=str
+)
+def test_what_is_cheap_runs(typed, tiny_bundle, model_a_bundle, capsys) -> None:
+    """With a tiny bundle in place of the one that is named."""
+    arguments = [
+        str(model_a_bundle if "--ids" in typed.arguments else tiny_bundle)
+        if argument.startswith("bundles/")
+        else argument
+        for argument in typed.arguments
+    ]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_into_the_project_lead_somewhere(page) -> None:
+    """Relative links of a page name files that exist."""
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_knows_every_exit_code() -> None:
+    """Those of the error classes, success and interruption."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    sentence = re.search(r"Exit codes: (.*?130 \w+)", text)
+    assert sentence
+
+    def codes(kind: type[EdgertError]) -> set[int]:
+        return {kind.exit_code}.union(*map(codes, kind.__subclasses__()))
+
+    listed = {int(n) for n in re.findall(r"(?:^|, )(\d+) ", sentence[1])}
+    assert listed == codes(EdgertError) | {0, 130}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_variables_that_are_named_exist(page) -> None:
+    """An EDGERT_* variable of a page is an option's, or one that the code reads."""
+    options = {
+        parameter.envvar
+        for command in cli.commands.values()
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+    }
+    files = [*(ROOT / "edgert").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    read = {name for file in files for name in re.findall(r"EDGERT_[A-Z0-9_]+", file.read_text())}
+    named = set(re.findall(r"EDGERT_[A-Z0-9_]+", page.read_text(encoding="utf-8")))
+    assert named <= options | read
+
+
+def test_pages_are_found() -> None:
+    """The README, the documentation and the recipes' page are all looked at."""
+    assert {Path("README.md"), Path("docs/bundle.md"), Path("export/README.md")} <= {
+        page.relative_to(ROOT) for page in PAGES
+    }

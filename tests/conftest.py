@@ -1,4 +1,4 @@
-"""Bundles that many tests share, exported once per test run, and a cache of the run's own.
+"""Bundles that many tests share, exported once per test run, a cache of its own, and the command.
 
 A test that changes a bundle copies it first (`copied`).
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cases import HERE
+from command import Result
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,3 +64,16 @@ def copied(tmp_path) -> Callable[[Path], Path]:
         return Path(shutil.copytree(bundle, tmp_path / "copies" / bundle.name))
 
     return copy
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., Result]:
+    """Run one command line in this process."""
+    from edgert.cli import main
+
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call

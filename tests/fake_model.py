@@ -36,6 +36,10 @@ CONTEXT = 5000  # over the first buckets, so that sessions grow
 TABLE = np.random.default_rng(11).standard_normal((257, VOCAB)).astype(np.float32)
 TABLE[:, EOS] = -9.0  # these models end only where a test says so
 
+A = ord("a") + OFFSET
+PROMPT = [A, A + 1, A + 2]
+SAMPLED = {"temperature": 1.0, "max_tokens": 12}
+
 Logits = NDArray[np.float32]
 
 
@@ -147,3 +151,20 @@ def fake_model(graph: Callable[..., Any] | None = None, **changes: Any) -> Model
 def kept(buffer: Buffer, row: int, length: int) -> list[int]:
     """The ids that the append state holds in one row."""
     return [int(token) for token in buffer.host[row, :length]]
+
+
+def speaking(text: str | bytes, **changes: object) -> Model:
+    """A model that answers the one-token prompt [A] with this text."""
+    return fake_model(Graph(says(text)), **changes)
+
+
+def greedy(history: list[int], count: int) -> list[int]:
+    """What a model that answers with `hashed` says, one token after the other."""
+    said = list(history)
+    for _ in range(count):
+        said.append(int(hashed(np.array(said)).argmax()))
+    return said[len(history) :]
+
+
+def ids(text: str) -> list[int]:
+    return [byte + OFFSET for byte in text.encode()]

@@ -115,13 +115,13 @@ def wrong_token(patch: pytest.MonkeyPatch) -> None:
 
 def copied_embedding(patch: pytest.MonkeyPatch) -> None:
     """The tied head multiplies with a transposed copy of the embedding, made before the trace."""
-    original = write.graphs
+    original = write.program_of
 
     def changed(model):
         object.__setattr__(model, "copy", model.embed.detach().T.contiguous())
         return original(model)
 
-    patch.setattr(write, "graphs", changed)
+    patch.setattr(write, "program_of", changed)
     patch.setattr(
         Decoder,
         "logits",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import bundles
 import numpy as np
 import pytest
 from cases import assert_close
@@ -21,10 +22,6 @@ from edgert.errors import (
 )
 from edgert.model import choose_variant
 from edgert.spec import VariantSpec
-
-# Apart, since an output folder bundles/ beside it would change how the linter sorts this name.
-# isort: split
-import bundles
 
 ATOL = 2e-4  # fp32, other chunks: sums in another order, over logits of a few tens
 

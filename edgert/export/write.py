@@ -20,7 +20,7 @@ from edgert.export.weights import WeightsFile, check_weights, strip
 from edgert.export.workshop import workshop
 from edgert.files import publish_directory
 from edgert.manifest import SLUG
-from edgert.models.decoder import graphs
+from edgert.models.families import program as program_of
 from edgert.models.importers import Imported
 from edgert.models.program import Program
 from edgert.progress import Reporter
@@ -79,7 +79,7 @@ def export_bundle(
     UsageError (`out` is in the way), EdgertError (the exporter failed).
     """
     reporter = reporter or Reporter()
-    program = graphs(source.model)
+    program = program_of(source.model)
     lowerings = _feasible(program, options.lowerings, reporter)
     out.parent.mkdir(parents=True, exist_ok=True)
     with workshop(out) as work:

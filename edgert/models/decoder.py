@@ -157,7 +157,7 @@ def graphs(model: Decoder) -> Program:
     parameters = sum(p.numel() for p in model.parameters())
     refusal = Ort.refusal(c.heads)
     return Program(
-        summary=f"dense decoder, {c.num_layers} blocks, {parameters / 1e6:.1f}M parameters",
+        summary=f"dense decoder, {c.num_layers} blocks, {_count(parameters)} parameters",
         parts=ProgramSpec(epilogue="decode"),
         inputs={
             "ids": TensorSpec("int64", ("batch", "tokens")),
@@ -182,6 +182,11 @@ def graphs(model: Decoder) -> Program:
         parameters=parameters,
         refusals={"ort": refusal} if refusal else {},
     )
+
+
+def _count(number: int) -> str:
+    """45728 -> '45.7k', 134515008 -> '134.5M'."""
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}k"
 
 
 def reference(model: Decoder, ids: Tensor) -> Reference:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from edgert.session import Session
     from edgert.tokenizer import Detokenizer
 
+ANSWER_ROOM = 256
+"""Tokens of answer for which the state has room from the start; a longer one grows it."""
+
 FINISH_REASONS = ("stop", "length", "deadline", "cancelled")
 
 
@@ -150,6 +153,8 @@ class Stream:
         io: StepIO | None = None
         reason = "length" if len(tokens) >= context else self._interrupted(deadline)
         if reason is None:
+            # Growing in mid-answer would cost that token a copy of the state.
+            execution.reserve(min(context, len(tokens) + min(params.max_tokens, ANSWER_ROOM)))
             for step in session.feed_pending():
                 io = step
                 timings.graph_s = (execution.graph_ns - graph_before) / 1e9

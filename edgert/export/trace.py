@@ -74,6 +74,7 @@ def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:
     assert exported is not None
     model = exported.model
     model.ir_version = IR_VERSION
+    _drop_unread_outputs(model)
     return model
 
 
@@ -86,6 +87,15 @@ def _like_signature(
         return tuple(shapes)
     named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
     return (*shapes[:named], tuple(shapes[named:]))
+
+
+def _drop_unread_outputs(model: ir.Model) -> None:
+    """Fused operators compute their optional outputs (statistics) only if those are named."""
+    for node in model.graph:
+        if node.domain == "com.microsoft":
+            for value in node.outputs:
+                if not value.uses() and not value.is_graph_output():
+                    value.name, value.type, value.shape = "", None, None
 
 
 @contextlib.contextmanager

@@ -236,6 +236,16 @@ class Ort(Stateful):
             return f"head size {heads.size} is not divisible by 8"
         return None
 
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            "SimplifiedLayerNormalization",  # ONNX Runtime keeps this one in the standard domain
+            (x, weight),
+            {"axis": -1, "epsilon": eps, "stash_type": 1},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
+        )
+
     def add_norm(
         self, x: Tensor, delta: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from edgert.backends import lowerings, open_backend
 from edgert.backends.base import GraphSource, LoadedGraph
 from edgert.backends.fake import FakeBackend
-from edgert.backends.ort import OrtBackend, _Pool, default_threads
+from edgert.backends.ort import OrtBackend, default_threads
 from edgert.errors import (
     BadBundle,
     EdgertError,
@@ -230,17 +230,24 @@ def test_the_gil_is_released_while_a_graph_runs(ort, tmp_path):
     assert within >= 2, f"{within} beats in {end - start:.3f} s"
 
 
-def test_all_models_of_a_process_share_its_threads(ort, tmp_path):
-    """ONNX Runtime has one pool, of one size: another number is refused, not ignored."""
-    for same in (OrtBackend(), OrtBackend(threads=ort.threads)):
-        assert same.placement == ort.placement
-        x = same.allocate("float32", (2,))
+def test_models_of_a_process_may_differ_in_threads(tmp_path):
+    for threads in (1, 3):
+        backend = OrtBackend(threads=threads)
+        x = backend.allocate("float32", (2,))
         x.host[...] = 1
-        loaded(same, ADD, tmp_path).bind({"x": x, "y": x}, {"z": x}).run()
+        loaded(backend, ADD, tmp_path).bind({"x": x, "y": x}, {"z": x}).run()
         assert x.host.tolist() == [2, 2]
-    other = ort.threads + 1
-    with pytest.raises(Incompatible, match=f"{other} threads are asked .* on {ort.threads} thr"):
-        OrtBackend(threads=other)
+        assert backend.placement.endswith(f"· {threads} thread{'s' * (threads > 1)}")
+
+
+def test_the_sessions_of_an_application_go_on_working(tmp_path):
+    """Loading a model changes nothing for those who use ONNX Runtime beside it."""
+    code = """
+run(OrtBackend())
+session = onnxruntime.InferenceSession("g.onnx")
+print(len(session.get_inputs()))
+"""
+    assert in_a_new_process(code, tmp_path).endswith("\n2\n")
 
 
 def in_a_new_process(code: str, tmp_path: Path) -> str:
@@ -286,32 +293,18 @@ def test_threads_of_an_application_cannot_be_chosen(tmp_path):
     code = """
 onnxruntime.set_global_thread_pool_sizes(2, 1)
 try:
-    OrtBackend(threads=2)
+    run(OrtBackend(threads=2))
 except Incompatible as error:
     print(error)
 """
-    assert "on the application's number of threads" in in_a_new_process(code, tmp_path)
-
-
-def test_without_a_pool_of_the_process_a_model_has_its_own(ort, tmp_path, monkeypatch):
-    """Where the library refuses to make one, its sessions are told how many threads to start."""
-
-    def refuse(*sizes: int) -> None:
-        raise RuntimeError("not in this version")
-
-    monkeypatch.setattr(_Pool, "threads", None)
-    monkeypatch.setattr("onnxruntime.set_global_thread_pool_sizes", refuse)
-    backend = OrtBackend(threads=3)
-    assert backend._options.use_per_session_threads
-    assert backend._options.intra_op_num_threads == 3
-    assert backend.placement.endswith("· 3 threads")
+    assert "on one pool of threads for all" in in_a_new_process(code, tmp_path)
 
 
 def test_the_placement_says_what_runs_where(ort):
     import onnxruntime
 
-    assert default_threads() >= 1
-    count = f"{ort.threads} thread{'s' if ort.threads > 1 else ''}"
+    cores = default_threads()
+    count = f"{cores} thread{'s' if cores > 1 else ''}"
     assert ort.placement == f"onnxruntime {onnxruntime.__version__} · CPU · {count}"
 
 

@@ -1,10 +1,9 @@
-"""ONNX Runtime on CPU: one thread pool, weights mapped from the bundle, buffers bound once."""
+"""ONNX Runtime on CPU: weights mapped from the bundle, buffers bound once."""
 
 from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,42 +47,6 @@ def _onnxruntime() -> Any:
         )
     onnxruntime.set_default_logger_severity(_SILENT)
     return onnxruntime
-
-
-class _Pool:
-    """The process-wide thread pool: pools of their own per session spin against each other.
-
-    ONNX Runtime takes its size once, and from then on lets no session have threads of its own. So
-    the first model decides for the process.
-    """
-
-    lock = threading.Lock()
-    threads: int | None = None  # not made yet; 0: made by the application, of unknown size
-
-    @classmethod
-    def join(cls, ort: Any, threads: int) -> int | None:
-        """Its size, if possible the one asked for (0: any). None if there can be no such pool.
-
-        Raises Incompatible if it has another size.
-        """
-        with cls.lock:
-            if cls.threads is None:
-                wanted = threads or default_threads()
-                try:
-                    ort.set_global_thread_pool_sizes(wanted, 1)
-                    cls.threads = wanted
-                except Exception as error:
-                    if "already" not in str(error):
-                        return None
-                    cls.threads = 0
-            if threads and cls.threads != threads:
-                found = cls.threads or "the application's number of"
-                raise Incompatible(
-                    f"{threads} threads are asked for, and this process already runs ONNX Runtime "
-                    f"on {found} threads",
-                    do="leave threads at 0 to share them, or use another process",
-                )
-            return cls.threads
 
 
 def default_threads() -> int:
@@ -173,11 +136,13 @@ class OrtGraph(LoadedGraph):
 
 
 class OrtBackend(Backend):
-    """`threads` 0 means those that this process has, else one per physical core.
+    """`threads` 0 means one per physical core, or the pool that the application has made for all
+    its ONNX Runtime sessions. edgert makes no such pool itself: from then on ONNX Runtime would
+    refuse every session of the application that does not ask for it.
 
     `prepack` trades memory for speed: ONNX Runtime copies matrices into its own layout (faster),
     or reads them mapped from the file (smaller, loads at once). Raises UsageError for a number of
-    threads that cannot be, Incompatible for one that this process cannot have any more.
+    threads that cannot be.
     """
 
     name = "onnxruntime"
@@ -189,26 +154,40 @@ class OrtBackend(Backend):
                 do=f"use 0 (one per physical core) to {MAX_THREADS}",
             )
         self._ort = ort = _onnxruntime()
-        pool = _Pool.join(ort, threads)
+        self._threads = threads
         self._options = options = ort.SessionOptions()
         options.log_severity_level = _SILENT
-        options.use_per_session_threads = pool is None
+        options.intra_op_num_threads = count = threads or default_threads()
+        options.inter_op_num_threads = 1
+        self._place(f"{count} thread{'s' * (count > 1)}")
         # Plans of activation memory per input shape: they save no time here, and cost 12 MB.
         options.enable_mem_pattern = False
-        if pool is None:
-            pool = options.intra_op_num_threads = threads or default_threads()
-            options.inter_op_num_threads = 1
-        self.threads = pool
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        counted = f"{pool} thread{'s' * (pool > 1)}" if pool else "the application's threads"
-        self.placement = f"onnxruntime {ort.__version__} · CPU · {counted}"
 
     def load(self, source: GraphSource) -> OrtGraph:
+        """Raises BadBundle if ONNX Runtime refuses the graph, Incompatible if a number of threads
+        was asked for and the application has one pool for all."""
+        try:
+            return OrtGraph(self._ort, source, self._options)
+        except BadBundle as error:
+            if "using a global thread pool" not in error.what:
+                raise
+        if self._threads:
+            raise Incompatible(
+                f"{self._threads} threads are asked for, and this process runs ONNX Runtime on one "
+                "pool of threads for all",
+                do="leave threads at 0 to share that pool, or use another process",
+            )
+        self._options.use_per_session_threads = False
+        self._place("the application's threads")
         return OrtGraph(self._ort, source, self._options)
+
+    def _place(self, threads: str) -> None:
+        self.placement = f"onnxruntime {self._ort.__version__} · CPU · {threads}"
 
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> OrtBuffer:
         return OrtBuffer(host_zeros(dtype, shape))
 
     def close(self) -> None:
-        """Nothing is held: the pool stays with the process, graphs and buffers with their users."""
+        """Nothing is held: graphs and buffers stay with their users."""

@@ -143,7 +143,7 @@ def test_what_the_folder_says_is_kept(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 36}, unk_token="a"))
     tokenizer.save(str(folder / "tokenizer.json"))
     edit(folder, "tokenizer_config.json", chat_template="{{ messages }}")
-    edit(folder, new_idea=1, dtype="float32", _name_or_path="/home/someone/Tiny-Llama")
+    edit(folder, new_idea=1, dtype="float32", _name_or_path="/srv/models/Tiny-Llama")
     edit(
         folder,
         "generation_config.json",

@@ -144,8 +144,12 @@ class Stateful(Step):
         self.past_k, self.past_v = past[0::2], past[1::2]
         self.positions = lens[:, None] + torch.arange(tokens, dtype=torch.int64)  # [B, T]
         self.cos, self.sin = cos, sin
-
         self.turns: tuple[Tensor, Tensor] | None = None
+        self.prepare(lens, tokens, past)
+
+    def prepare(self, lens: Tensor, tokens: int, past: Sequence[Tensor]) -> None:
+        """What all blocks of this step share."""
+        raise NotImplementedError
 
     def rotated(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split and rotate at this step's positions: q [B, n, T, d], k and v [B, m, T, d]."""
@@ -168,16 +172,7 @@ class Portable(Stateful):
     The scatter's output is bound onto its input's buffer, so the state is updated in place.
     """
 
-    def __init__(
-        self,
-        heads: Heads,
-        cos: Tensor,
-        sin: Tensor,
-        lens: Tensor,
-        tokens: int,
-        past: Sequence[Tensor],
-    ) -> None:
-        super().__init__(heads, cos, sin, lens, tokens, past)
+    def prepare(self, lens: Tensor, tokens: int, past: Sequence[Tensor]) -> None:
         batch, kv, capacity, _ = past[0].shape
         shape = (batch, kv, tokens)
         self.rows = torch.stack(  # [B, m, T, 3]: where each new row goes
@@ -215,19 +210,10 @@ class Ort(Stateful):
     Source: onnxruntime docs/ContribOperators.md, com.microsoft.
     """
 
-    def __init__(
-        self,
-        heads: Heads,
-        cos: Tensor,
-        sin: Tensor,
-        lens: Tensor,
-        tokens: int,
-        past: Sequence[Tensor],
-    ) -> None:
-        super().__init__(heads, cos, sin, lens, tokens, past)
+    def prepare(self, lens: Tensor, tokens: int, past: Sequence[Tensor]) -> None:
         self.last = (lens + (tokens - 1)).to(torch.int32)  # [B]: index of each row's newest token
         self.total = (lens.max() + tokens).to(torch.int32)
-        self.rotates = heads.size % 16 == 0
+        self.rotates = self.heads.size % 16 == 0
 
     @staticmethod
     def refusal(heads: Heads) -> str | None:

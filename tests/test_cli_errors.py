@@ -188,9 +188,17 @@ def test_memory_that_is_refused_is_5(run, tiny_bundle, monkeypatch) -> None:
 # 6, the parity gate, is in test_gate.py.
 
 
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
+from edgert.cli import main
+sys.exit(main())
+"""
+
+
 def test_ctrl_c_is_130_and_keeps_the_answer_so_far(tiny_bundle) -> None:
     """The text so far stands on stdout, ends with a line end, and the summary says how it ended."""
-    process = python("-m", "edgert", "run", tiny_bundle, "-p", "the star", "-n", "16000")
+    process = python("-c", INTERRUPTIBLE, "run", tiny_bundle, "-p", "the star", "-n", "16000")
     assert process.stdout
     begun = process.stdout.read(20)
     process.send_signal(signal.SIGINT)

@@ -22,13 +22,14 @@ from edgert.bundle import Bundle
 from edgert.model import Model, load
 from edgert.runner import Runner
 from edgert.spec import (
+    DECODER_INPUTS,
     GraphSpec,
     Manifest,
     ProgramSpec,
     StateSpec,
-    TensorSpec,
     TokenizerSpec,
     VariantSpec,
+    decoder_results,
 )
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -58,14 +59,8 @@ def idle_model(vocab_size: int) -> Model:
         vocab_size=vocab_size,
         context=1 << 20,
         program=ProgramSpec(epilogue="decode"),
-        inputs={
-            "ids": TensorSpec("int64", ("batch", "tokens")),
-            "select": TensorSpec("int64", ("batch", "select")),
-        },
-        results={
-            "logits": TensorSpec("float32", ("batch", "select", vocab_size)),
-            "token": TensorSpec("int64", ("batch", "select")),
-        },
+        inputs=DECODER_INPUTS,
+        results=decoder_results(vocab_size),
         states={"lens": StateSpec("counter", "int64", ("batch",))},
         variants={"fp32-ort": VariantSpec("fp32", "ort", {"ai.onnx": 20}, {"decode": spec})},
         tokenizer=TokenizerSpec("bytes"),

@@ -190,15 +190,16 @@ def load(
     device     'auto' or 'cpu'
     precision  one that the bundle holds ('fp32'); None takes the best one
     lowering   'ort' or 'portable'; None takes the fastest the device runs
-    threads    0: one per physical core; all models of a process share the first one's threads
+    threads    0: one per physical core, or the pool that the application has made for all its
+               ONNX Runtime sessions
     prepack    False maps the weights instead of copying them into ONNX Runtime's own layout:
                less memory and a load in no time, for slower steps
     verify     hash every file again, even if this bundle was verified before
     progress   called with the size of each chunk hashed, in bytes
 
     Raises BadBundle (broken or tampered), UnsupportedModel (sound, and not for this version),
-    Incompatible (no such device or variant, or other threads than this process runs on),
-    MissingDependency.
+    Incompatible (no such device or variant, or a number of threads where the application has
+    one pool for all), MissingDependency.
     """
     bundle = Bundle.open(Path(path), True if verify else "stamp", progress)
     variant = choose_variant(bundle.manifest, device, precision, lowering)

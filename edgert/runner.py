@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgert.backends.base import Backend, Binding, Buffer, GraphSource, LoadedGraph
 from edgert.bundle import Bundle
 from edgert.errors import EdgertError, Incompatible, Poisoned, UnsupportedModel, UsageError
-from edgert.spec import GraphSpec, Manifest, TensorSpec
+from edgert.spec import DECODER_INPUTS, GraphSpec, Manifest, decoder_results
 from edgert.state import States, bucket, resolve
 
 PREFILL_CHUNK = 512
@@ -258,12 +258,8 @@ class Execution:
 def check_decoder(manifest: Manifest, where: str) -> None:
     """Raise UnsupportedModel, naming every reason, for what the decode loop cannot feed or read."""
     vocab = manifest.vocab_size
-    wanted = {
-        ("inputs", "ids"): TensorSpec("int64", ("batch", "tokens")),
-        ("inputs", "select"): TensorSpec("int64", ("batch", "select")),
-        ("results", "token"): TensorSpec("int64", ("batch", "select")),
-        ("results", "logits"): TensorSpec("float32", ("batch", "select", vocab)),
-    }
+    wanted = {("inputs", name): spec for name, spec in DECODER_INPUTS.items()}
+    wanted |= {("results", name): spec for name, spec in decoder_results(vocab).items()}
     declared = {("inputs", name): spec for name, spec in manifest.inputs.items()}
     declared |= {("results", name): spec for name, spec in manifest.results.items()}
     problems = [f"{side}.{name} is unknown" for side, name in declared.keys() - wanted.keys()]

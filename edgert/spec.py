@@ -34,6 +34,21 @@ class TensorSpec:
     shape: tuple[Axis, ...]
 
 
+DECODER_INPUTS = {
+    "ids": TensorSpec("int64", ("batch", "tokens")),
+    "select": TensorSpec("int64", ("batch", "select")),
+}
+"""What the decode loop writes: the tokens of a step, and the positions whose results it reads."""
+
+
+def decoder_results(vocab_size: int) -> dict[str, TensorSpec]:
+    """What the decode loop reads: logits at the selected positions, and their argmax."""
+    return {
+        "logits": TensorSpec("float32", ("batch", "select", vocab_size)),
+        "token": TensorSpec("int64", ("batch", "select")),
+    }
+
+
 @dataclass(frozen=True)
 class StateSpec:
     """A named array that outlives a step.

@@ -21,13 +21,14 @@ from edgert.bundle import Bundle
 from edgert.model import Model
 from edgert.runner import Runner
 from edgert.spec import (
+    DECODER_INPUTS,
     GraphSpec,
     Manifest,
     ProgramSpec,
     StateSpec,
-    TensorSpec,
     TokenizerSpec,
     VariantSpec,
+    decoder_results,
 )
 
 EOS, OFFSET = 0, 2
@@ -118,14 +119,8 @@ def manifest(**changes: Any) -> Manifest:
         vocab_size=VOCAB,
         context=CONTEXT,
         program=ProgramSpec(epilogue="decode"),
-        inputs={
-            "ids": TensorSpec("int64", ("batch", "tokens")),
-            "select": TensorSpec("int64", ("batch", "select")),
-        },
-        results={
-            "logits": TensorSpec("float32", ("batch", "select", VOCAB)),
-            "token": TensorSpec("int64", ("batch", "select")),
-        },
+        inputs=DECODER_INPUTS,
+        results=decoder_results(VOCAB),
         states={
             "lens": StateSpec("counter", "int64", ("batch",)),
             "kept": StateSpec("append", "int64", ("batch", "capacity"), "capacity", "lens"),

@@ -81,7 +81,6 @@ def export_bundle(
     reporter = reporter or Reporter()
     program = program_of(source.model)
     lowerings = _feasible(program, options.lowerings, reporter)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with workshop(out) as work:
         variants = _write_graphs(work, program, source, options.precision, lowerings, reporter)
         manifest = _manifest(work, program, source, options, variants)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edgert.models.layers import Eager, Heads, Ort, Portable, Stateful, Step, rope_tables
 from edgert.models.program import Program, Reference, TracedGraph
-from edgert.spec import Lowering, ProgramSpec, StateSpec, TensorSpec
+from edgert.spec import DECODER_INPUTS, Lowering, ProgramSpec, StateSpec, decoder_results
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,8 @@ def graphs(model: Decoder) -> Program:
     return Program(
         summary=f"dense decoder, {c.num_layers} blocks, {_count(parameters)} parameters",
         parts=ProgramSpec(epilogue="decode"),
-        inputs={
-            "ids": TensorSpec("int64", ("batch", "tokens")),
-            "select": TensorSpec("int64", ("batch", "select")),
-        },
-        results={
-            "logits": TensorSpec("float32", ("batch", "select", c.vocab_size)),
-            "token": TensorSpec("int64", ("batch", "select")),
-        },
+        inputs=DECODER_INPUTS,
+        results=decoder_results(c.vocab_size),
         states=states,
         graphs=(
             TracedGraph(

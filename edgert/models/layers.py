@@ -16,6 +16,7 @@ Shapes  B batch, T tokens of this step, H hidden, n query heads, m KV heads, d h
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def _heads_first(x: Tensor, size: int) -> Tensor:
     return x.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
-class Step:
+class Step(ABC):
     """One pass over T tokens. `k[slot]`, `v[slot]` hold what each attention leaves behind."""
 
     def __init__(self, heads: Heads) -> None:
@@ -105,9 +106,9 @@ class Step:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
+    @abstractmethod
     def attend(self, slot: int, qkv: Tensor) -> Tensor:
         """Causal attention of KV slot `slot`: [B, T, (n + 2m) d] -> [B, T, n d]."""
-        raise NotImplementedError
 
 
 class Eager(Step):
@@ -147,9 +148,9 @@ class Stateful(Step):
         self.turns: tuple[Tensor, Tensor] | None = None
         self.prepare(lens, tokens, past)
 
+    @abstractmethod
     def prepare(self, lens: Tensor, tokens: int, past: Sequence[Tensor]) -> None:
         """What all blocks of this step share."""
-        raise NotImplementedError
 
     def rotated(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split and rotate at this step's positions: q [B, n, T, d], k and v [B, m, T, d]."""

@@ -16,21 +16,26 @@ from edgert.errors import (
     BadBundle,
     BadCheckpoint,
     BadFile,
+    BadSession,
     BadTokenizer,
     CapacityExceeded,
     EdgertError,
     GateFailed,
     Incompatible,
     MissingDependency,
+    NewerFormat,
     OutOfMemory,
     Poisoned,
+    SessionMismatch,
     UnsupportedModel,
     UsageError,
+    WrongKey,
 )
 
 if TYPE_CHECKING:
     from edgert.generate import Generation, Piece, Stream, Timings
     from edgert.model import Model, load
+    from edgert.resume import resume
     from edgert.sampler import SamplingParams
     from edgert.session import Session
 
@@ -43,12 +48,14 @@ _LAZY = {
     "Stream": "edgert.generate",
     "Timings": "edgert.generate",
     "load": "edgert.model",
+    "resume": "edgert.resume",
 }
 
 __all__ = [
     "BadBundle",
     "BadCheckpoint",
     "BadFile",
+    "BadSession",
     "BadTokenizer",
     "CapacityExceeded",
     "EdgertError",
@@ -57,17 +64,21 @@ __all__ = [
     "Incompatible",
     "MissingDependency",
     "Model",
+    "NewerFormat",
     "OutOfMemory",
     "Piece",
     "Poisoned",
     "SamplingParams",
     "Session",
+    "SessionMismatch",
     "Stream",
     "Timings",
     "UnsupportedModel",
     "UsageError",
+    "WrongKey",
     "__version__",
     "load",
+    "resume",
 ]
 
 

@@ -5,10 +5,14 @@
     ├── BadFile                 3    a file is broken, hostile or not what it claims
     │   ├── BadBundle                manifest, wiring, paths or hashes of a bundle
     │   ├── BadCheckpoint            a published checkpoint, GGUF file or model folder
-    │   └── BadTokenizer             tokenizer or chat template
+    │   ├── BadTokenizer             tokenizer or chat template
+    │   └── BadSession               a session file: damaged, cut off, or not one at all
     ├── UnsupportedModel        3    a sound file that asks for what this version lacks
     ├── Incompatible            4    device, backend, engine or session do not fit together
-    │   └── MissingDependency        an optional package; names the extra to install
+    │   ├── MissingDependency        an optional package; names the extra to install
+    │   ├── NewerFormat              a file of a later edgert
+    │   ├── SessionMismatch          a session that belongs to another bundle or variant
+    │   └── WrongKey                 an encrypted session, and no key or not its key
     ├── OutOfMemory             5    an allocation failed or a preflight refused it
     ├── CapacityExceeded        5    the sequence is longer than the model or its state allows
     ├── GateFailed              6    a graph does not compute what the model computes
@@ -23,16 +27,20 @@ __all__ = [
     "BadBundle",
     "BadCheckpoint",
     "BadFile",
+    "BadSession",
     "BadTokenizer",
     "CapacityExceeded",
     "EdgertError",
     "GateFailed",
     "Incompatible",
     "MissingDependency",
+    "NewerFormat",
     "OutOfMemory",
     "Poisoned",
+    "SessionMismatch",
     "UnsupportedModel",
     "UsageError",
+    "WrongKey",
 ]
 
 
@@ -79,6 +87,10 @@ class BadTokenizer(BadFile):
     pass
 
 
+class BadSession(BadFile):
+    pass
+
+
 class UnsupportedModel(EdgertError):
     exit_code = 3
 
@@ -97,6 +109,18 @@ class MissingDependency(Incompatible):
         )
         self.package = package
         self.extra = extra
+
+
+class NewerFormat(Incompatible):
+    pass
+
+
+class SessionMismatch(Incompatible):
+    pass
+
+
+class WrongKey(Incompatible):
+    pass
 
 
 class OutOfMemory(EdgertError):

@@ -7,10 +7,12 @@ bundle is opened through `open_regular`, which follows no symbolic link below th
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -24,6 +26,7 @@ MAX_ENTRIES = 4096  # files and directories of one bundle
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 _CHUNK = 1 << 20
+_YOUNG_S = 2.0  # a temporary file younger than this is left alone
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
@@ -220,13 +223,16 @@ def write_atomic(path: Path, data: bytes | Callable[[BinaryIO], object], mode: i
     `data` is the content, or a function that writes it to a binary file. The user's umask
     applies to `mode`. A symbolic link at `path` is replaced, not followed.
     Raises EdgertError with the system's reason; whatever `data` raises passes through. In
-    every case of failure the temporary file is removed and `path` is untouched.
+    every case of failure the temporary file is removed and `path` is untouched. A process that was
+    killed in mid-write leaves its temporary file, which the next write to `path` removes.
     """
     temp = path.parent / f".{path.name}.{os.urandom(6).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
+        _sweep(path)
         try:
             with os.fdopen(os.open(temp, flags, mode), "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # says that its writer lives
                 if callable(data):
                     data(file)
                 else:
@@ -240,6 +246,28 @@ def write_atomic(path: Path, data: bytes | Callable[[BinaryIO], object], mode: i
         fsync_path(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary files of `path` whose writers are dead: whom the kernel took their lock."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}\.tmp")
+    for name in os.listdir(path.parent):
+        if not pattern.fullmatch(name):
+            continue
+        temp = path.parent / name
+        try:
+            handle = os.open(temp, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue  # gone in the meantime, or not ours to remove
+        try:
+            # A writer takes its lock just after the file appears: leave it a moment for that.
+            if time.time() - os.fstat(handle).st_mtime > _YOUNG_S:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temp.unlink(missing_ok=True)
+        except OSError:
+            pass  # its writer lives
+        finally:
+            os.close(handle)
 
 
 def fsync_path(path: Path) -> None:

@@ -20,12 +20,11 @@ from edgert.stops import StopStrings
 if TYPE_CHECKING:
     from edgert.runner import StepIO
     from edgert.session import Session
+    from edgert.sessionfile import Request
     from edgert.tokenizer import Detokenizer
 
 ANSWER_ROOM = 256
 """Tokens of answer for which the state has room from the start; a longer one grows it."""
-
-FINISH_REASONS = ("stop", "length", "deadline", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,14 @@ class Stream:
     held back at that moment, which may be the start of a stop string, is not shown any more.
     """
 
-    def __init__(self, session: Session, prompt: list[int], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        session: Session,
+        prompt: list[int],
+        params: SamplingParams,
+        going_on: Request | None = None,
+    ) -> None:
+        """`going_on`: the request whose answer this one continues; `prompt` is empty then."""
         self.params = params
         self.seed = fresh_seed() if params.seed is None else params.seed
         self.timings = Timings(prompt_tokens=len(prompt))
@@ -93,7 +99,7 @@ class Stream:
         self._seen: list[Piece] = []
         self._cancelled = threading.Event()
         self._acquire, self._release = session.acquire, session.release
-        self._pieces = self._run(session, prompt)
+        self._pieces = self._run(session, prompt, going_on)
 
     def cancel(self) -> None:
         """Stop after the step (or prefill chunk) that is running."""
@@ -137,7 +143,9 @@ class Stream:
             return "deadline"
         return None
 
-    def _run(self, session: Session, prompt: list[int]) -> Iterator[Piece]:
+    def _run(
+        self, session: Session, prompt: list[int], going_on: Request | None
+    ) -> Iterator[Piece]:
         params, timings, tokens = self.params, self.timings, session.tokens
         execution = session.execution
         start = time.perf_counter()
@@ -149,6 +157,8 @@ class Stream:
                 do="give at least one token of prompt",
             )
         turn = session.begin(prompt)
+        session.answer(self.params, self.seed, going_on)
+        self._draw = params.replace(stream=params.stream ^ session.stream_id)
         context = session.model.manifest.context
         io: StepIO | None = None
         reason = "length" if len(tokens) >= context else self._interrupted(deadline)
@@ -162,13 +172,14 @@ class Stream:
                     break
         timings.prefill_s = time.perf_counter() - start
         if reason or io is None:
+            session.finish(reason)
             yield Piece("", None, finish_reason=reason)
             return
 
         end_tokens = frozenset(params.stop_tokens)
         if not params.ignore_eos:
             end_tokens |= frozenset(session.eos)
-        text_of = _Text(session.detokenizer(), params.stop)
+        text_of = _text_so_far(session, params.stop, going_on)
         resumed = start
         while True:
             choice = self._choose(io, tokens)
@@ -180,6 +191,7 @@ class Stream:
                 timings.first_token_s = now - start
             timings.graph_s = (execution.graph_ns - graph_before) / 1e9
             if token in end_tokens:
+                session.finish("stop")
                 yield Piece(text_of.rest(), None, finish_reason="stop")
                 return
             tokens.append(token)
@@ -194,6 +206,7 @@ class Stream:
             if reason:
                 text += text_of.rest()
                 reason = "stop" if text_of.stopped else reason
+                session.finish(reason)
             yield Piece(text, token, choice.logprob, choice.alternatives, reason)
             if reason:
                 return
@@ -212,7 +225,7 @@ class Stream:
             token = int(io.token[0, -1])
             if 0 <= token < logits.size and math.isfinite(logits[token]):
                 return Choice(token)
-        return pick(logits, self.params, tokens, len(tokens), self.seed)
+        return pick(logits, self._draw, tokens, len(tokens), self.seed)
 
 
 class _Text:
@@ -220,8 +233,21 @@ class _Text:
 
     def __init__(self, detokenizer: Detokenizer | None, stop: tuple[str, ...]) -> None:
         self._detokenizer = detokenizer
+        self._stop = stop
         self._stops = StopStrings(stop)
+        self._shown = 0  # of what the stop strings hold back: characters that are out already
         self.stopped = False
+
+    def go_on(self, tokens: list[int], *, flushed: bool) -> None:
+        """Take up an answer that has these tokens: what was shown of it is not shown again.
+
+        flushed: it had an end, at which what was held back was shown after all.
+        """
+        for token in tokens:
+            self.push(token)
+        if self.stopped:  # by a stop string that was not one then: only what comes counts
+            self._stops, self.stopped = StopStrings(self._stop), False
+        self._shown = self._stops.held if flushed else 0
 
     def push(self, token: int) -> str:
         return self._show(self._detokenizer.push(token)) if self._detokenizer else ""
@@ -231,12 +257,24 @@ class _Text:
         if self._detokenizer is None or self.stopped:
             return ""
         text = self._show(self._detokenizer.flush())
-        return text if self.stopped else text + self._stops.flush()
+        return text + self._stops.flush()[self._shown :]
 
     def _show(self, text: str) -> str:
         text, hit = self._stops.push(text)
         self.stopped = hit is not None
-        return text
+        new = text[self._shown :]
+        self._shown = max(0, self._shown - len(text))
+        return new
+
+
+def _text_so_far(session: Session, stop: tuple[str, ...], going_on: Request | None) -> _Text:
+    """What turns the next tokens into text, mindful of the answer that it goes on with: a stop
+    string may have begun, and a character too."""
+    if going_on is None:
+        return _Text(session.detokenizer(), stop)
+    text = _Text(session.detokenizer(going_on.start), stop)
+    text.go_on(session.tokens[going_on.start :], flushed=going_on.finish_reason is not None)
+    return text
 
 
 def check_ids(ids: object, vocab_size: int, limit: int) -> list[int]:

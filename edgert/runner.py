@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,8 +141,35 @@ class Execution:
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` per row, growing into the next capacity where needed."""
         if tokens > self.states.capacity:
-            self.states.grow(bucket(tokens, self.runner.manifest.context))
+            self.resize(tokens)
+
+    def resize(self, tokens: int) -> None:
+        """Move into the smallest capacity for `tokens` per row: a larger or a smaller one."""
+        capacity = bucket(tokens, self.runner.manifest.context)
+        if capacity != self.states.capacity:
+            self.states.resize(capacity)
             self._shapes.clear()
+
+    def restore(
+        self,
+        states: Mapping[str, NDArray[np.generic]],
+        rows: int,
+        pending: tuple[NDArray[np.float32], int] | None,
+    ) -> None:
+        """Take over what another execution of the same variant had: its states, `rows` filled, and
+        the results of the newest token (logits [V], argmax) where they were still unread.
+
+        Raises ValueError if they are not for this program.
+        """
+        vocab = self.runner.manifest.vocab_size
+        if pending is not None and (pending[0].shape != (vocab,) or pending[1] >= vocab):
+            raise ValueError(f"pending logits of shape {pending[0].shape}, token {pending[1]}")
+        self.states.restore(states, rows)
+        self._last = None
+        if pending is not None:
+            io = self.io()
+            io.logits[0, 0], io.token[0, 0] = pending
+            self._last = (io, rows)
 
     def io(self, tokens: int = 1, select: int = 1) -> StepIO:
         """The buffers of one step shape; kept for the next step of the same shape."""

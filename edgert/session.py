@@ -1,18 +1,25 @@
-"""One user's sequence: its tokens, and the state that holds them."""
+"""One user's sequence: its tokens, and the state that holds them; saved, rewound, forked."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgert.errors import CapacityExceeded, UsageError
+from edgert.errors import CapacityExceeded, Incompatible, UsageError
 from edgert.generate import Generation, Stream
 from edgert.runner import Execution, StepIO
 from edgert.sampler import SamplingParams
+from edgert.sessionfile import Request, SavedSession, write_session
+from edgert.snapshot import adopt, check_fits, not_of_this_model, snapshot
+from edgert.vault import key_from
 
 if TYPE_CHECKING:
     from edgert.model import Model
@@ -24,16 +31,26 @@ Prompt = str | Sequence[int]
 class Session:
     """A conversation with a model. `tokens` is all that was said so far, by either side.
 
+    `data` is the application's own: what JSON can hold, saved with the session.
+    `request` is the newest request, which a stream without a prompt goes on with.
+    `notes` say, after a resume, what is not as it was where the session was saved.
+
     The newest token is usually chosen but not yet in the state: it is fed with what follows.
     A session is used by one thread at a time; many sessions may share a model. What goes against
     that, uses a closed session, or advances a stream that the session has left behind raises
     UsageError and changes nothing.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, room: int = 1) -> None:
         self.model = model
         self.tokens: list[int] = []
-        self.execution: Execution = model.runner.open()
+        self.data: dict[str, Any] = {}
+        self.request: Request | None = None
+        self.notes: tuple[str, ...] = ()
+        self.stream_id = 0  # mixed into every draw; another one in each fork
+        self.owns_model = False  # closing the session closes the model, too
+        self.forks = 0  # made of this session: each has a number of its own
+        self.execution: Execution = model.runner.open(tokens=room)
         self.in_use = threading.Lock()  # held while a stream advances or tokens are appended
         self.turn = 0  # a stream goes on while this stays what it was when the stream began
         self._closed = False
@@ -48,7 +65,9 @@ class Session:
         """Append a prompt and continue it, piece by piece.
 
         prompt   text, or token ids; empty to go on with what is already there
-        options  any field of SamplingParams, over the bundle's defaults
+        options  any field of SamplingParams, over the bundle's defaults; or, without a prompt and
+                 `params`, over the settings and the seed of the newest request: so an answer that
+                 was left early, saved or resumed goes on as if it had not been
         Nothing happens until the first piece is asked for; a stream that never is, leaves the
         session as it was. A stream left early can be resumed until the session is used otherwise.
         Raises UsageError (bad option or id), CapacityExceeded (prompt longer than the context) and
@@ -61,7 +80,16 @@ class Session:
             self.release()
         ids = self.model.encode(prompt)
         self._check_room(len(ids))
-        return Stream(self, ids, self.model.sampling(params, options))
+        going_on = None if ids or params is not None else self.request
+        if going_on is None:
+            return Stream(self, ids, self.model.sampling(params, options))
+        chosen = going_on.params
+        if going_on.finish_reason == "stop":  # the answer is complete: this is another one
+            going_on = replace(going_on, start=len(self.tokens), finish_reason=None)
+        elif going_on.finish_reason != "length":  # what is left of the answer
+            left = max(1, going_on.end - len(self.tokens))
+            chosen = chosen.replace(max_tokens=min(left, 2**31 - 1))
+        return Stream(self, ids, self.model.sampling(chosen, options), going_on)
 
     def generate(
         self, prompt: Prompt = (), params: SamplingParams | None = None, **options: Any
@@ -83,6 +111,122 @@ class Session:
                     pass
         finally:
             self.release()
+
+    def reuse(self, prompt: Prompt) -> list[int]:
+        """Keep what the session shares with a whole prompt, and return the rest of the prompt.
+
+        The session goes back to where the prompt parts from it, so `stream(reuse(prompt))` is the
+        answer to that prompt, and only what is new is prefilled. Raises as `rewind` does.
+        """
+        ids = self.model.encode(prompt)
+        common = len(os.path.commonprefix([self.tokens, ids]))
+        if common < len(self.tokens):
+            common = common if self.execution.states.rewindable else 0
+            self.rewind(common)
+        return ids[common:]
+
+    def rewind(self, position: int) -> None:
+        """Forget all tokens from `position` on, and their state.
+
+        Going on without a prompt then repeats the answer from there, with the same draws, if the
+        position lies within it. Raises UsageError (no such position, or as `stream` does), and
+        Incompatible if a state of the model keeps no history and `position` is not 0.
+        """
+        self.acquire()
+        try:
+            self.check()
+            self._cut(position)
+        finally:
+            self.release()
+
+    def trim(self, position: int) -> None:
+        """`rewind`, and give back the memory of what was forgotten. Raises as it does."""
+        self.acquire()
+        try:
+            self.check()
+            self._cut(position)
+            self.execution.resize(max(1, position))
+        finally:
+            self.release()
+
+    def _cut(self, position: int) -> None:
+        if not 0 <= position <= len(self.tokens):
+            raise UsageError(
+                f"the session has {len(self.tokens)} tokens, there is no position {position}",
+                do=f"use 0 to {len(self.tokens)}",
+            )
+        states, lens = self.execution.states, self.execution.lens
+        if position < lens[0] and position and not states.rewindable:
+            raise Incompatible(
+                "a state of this model is replaced by each step, so it cannot go back",
+                do="rewind to 0, or save the session where you may want to return to",
+            )
+        if position == 0:
+            self.execution.reset()
+        lens[0] = min(int(lens[0]), position)
+        del self.tokens[position:]
+        if self.request is not None:
+            inside = position >= self.request.start and position > 0
+            self.request = replace(self.request, finish_reason=None) if inside else None
+        self.turn += 1
+
+    def fork(self) -> Session:
+        """A copy that goes its own way: the same tokens, state and data, other random draws.
+
+        The draws of the n-th fork are those of every n-th fork made here, also after a resume.
+        Raises OutOfMemory, and as `stream` does.
+        """
+        self.acquire()
+        try:
+            self.check()
+            other = Session(self.model, room=self.execution.states.capacity)
+            adopt(other, snapshot(self))
+            self.forks += 1
+            mark = f"edgert fork {self.stream_id} {self.forks}".encode()
+            other.stream_id = int.from_bytes(hashlib.sha256(mark).digest()[:8], "little")
+            other.notes, other.forks = self.notes, 0
+            return other
+        finally:
+            self.release()
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        passphrase: str | None = None,
+        key_file: str | os.PathLike[str] | None = None,
+    ) -> int:
+        """Write the session to one file, mode 0600; its size in bytes.
+
+        At every moment, also after a crash, the path holds the old file or the new one in full.
+        With a passphrase or a key file the content is encrypted (`crypto` extra).
+        Raises UsageError (data that is not JSON, or as `stream` does), Poisoned, EdgertError with
+        the system's reason if it cannot be written; the old file then stays.
+        """
+        key = key_from(passphrase, key_file)
+        self.acquire()
+        try:
+            self.check()
+            saved = snapshot(self, Path(path))
+        finally:
+            self.release()
+        return write_session(Path(path), saved, key)
+
+    @classmethod
+    def restore(cls, model: Model, saved: SavedSession, where: str = "the session") -> Session:
+        """A saved session on a model, as it was. `where` names it in messages.
+
+        Raises SessionMismatch if it was saved with another bundle or variant, BadSession if its
+        content cannot be that of this model, OutOfMemory, UsageError if the model is closed.
+        """
+        check_fits(model, saved, where)
+        session = cls(model, room=saved.capacity)
+        try:
+            adopt(session, saved)
+        except ValueError as error:
+            session.close()
+            raise not_of_this_model(str(error), where) from error
+        return session
 
     def check(self) -> None:
         """Raise UsageError if the session or its model is closed, Poisoned if a step failed."""
@@ -108,7 +252,20 @@ class Session:
         self._check_room(len(ids))
         self.tokens.extend(ids)
         self.turn += 1
+        if ids:
+            self.request = None
         return self.turn
+
+    def answer(self, params: SamplingParams, seed: int, going_on: Request | None) -> None:
+        """Note the request that begins here, or goes on."""
+        start = going_on.start if going_on else len(self.tokens)
+        end = len(self.tokens) + params.max_tokens
+        self.request = Request(params.replace(seed=seed), start, end)
+
+    def finish(self, reason: str | None) -> None:
+        """Note how the request ended."""
+        assert self.request is not None
+        self.request = replace(self.request, finish_reason=reason)
 
     def _check_room(self, more: int) -> None:
         context = self.model.manifest.context
@@ -132,10 +289,11 @@ class Session:
         lens[0] = start = min(int(lens[0]), len(self.tokens) - 1)
         yield from self.execution.feed(np.asarray(self.tokens[start:], np.int64))
 
-    def detokenizer(self) -> Detokenizer | None:
-        """What turns the next tokens into text, given those so far; None without a tokenizer."""
+    def detokenizer(self, position: int | None = None) -> Detokenizer | None:
+        """What turns the tokens from `position` (default: the next ones) into text, given those
+        before; None without a tokenizer."""
         tokenizer = self.model.tokenizer
-        return tokenizer.detokenizer(self.tokens) if tokenizer else None
+        return tokenizer.detokenizer(self.tokens[:position]) if tokenizer else None
 
     def close(self) -> None:
         """Give the state's memory back; `tokens` stay. Closing twice does nothing.
@@ -146,6 +304,8 @@ class Session:
         self.turn += 1
         if self.in_use.acquire(blocking=False):
             self.release()
+        if self.owns_model:
+            self.model.close()
 
     def __enter__(self) -> Session:
         return self

@@ -100,13 +100,59 @@ class States:
             if spec.kind != "append":
                 self._initialise(name, self.buffers[name])
 
+    def filled(self, rows: int) -> dict[str, tuple[slice, ...]]:
+        """The part of each state that means something when `rows` are in: where to read or write.
+
+        For a single sequence. Rows of an append state behind them are never read.
+        """
+        assert self.batch == 1, "a batch is saved row by row"
+        return {
+            name: tuple(slice(rows if axis == spec.axis else None) for axis in spec.shape)
+            if spec.kind == "append"
+            else ()
+            for name, spec in self.specs.items()
+        }
+
+    def export(self) -> dict[str, NDArray[np.generic]]:
+        """Copies of the filled part of each state, by name: all that resuming needs."""
+        rows = int(next(iter(self.counters.values()))[0])
+        return {name: self.buffers[name].read(at) for name, at in self.filled(rows).items()}
+
+    def restore(self, saved: Mapping[str, NDArray[np.generic]], rows: int) -> None:
+        """Take over what `export` gave. Raises ValueError, with nothing changed, if it is not for
+        these states: a name, dtype or shape that differs, or another number of rows."""
+        parts = self.filled(rows)
+        if saved.keys() != parts.keys():
+            odd = sorted(saved.keys() ^ parts.keys())
+            raise ValueError(f"state {odd[0]!r} is on one side only")
+        for name, at in parts.items():
+            shape = tuple(
+                size if part.stop is None else min(size, part.stop)
+                for size, part in zip(
+                    self.buffers[name].shape, at or (slice(None),) * 8, strict=False
+                )
+            )
+            want, got = (self.buffers[name].dtype, shape), (saved[name].dtype, saved[name].shape)
+            if want != got:
+                raise ValueError(f"state {name!r} is {got[0]}{got[1]}, not {want[0]}{want[1]}")
+        for name in self.counters:
+            if int(saved[name][0]) != rows:
+                raise ValueError(f"counter {name!r} is not {rows}")
+        for name, at in parts.items():
+            self.buffers[name].write(saved[name], at)
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether an earlier position is still there: not in states that a step replaces."""
+        return all(spec.kind in ("append", "counter") for spec in self.specs.values())
+
     def close(self) -> None:
         """Let go of the memory, which lives on while a binding that is running needs it."""
         self.buffers.clear()
         self.counters.clear()
 
-    def grow(self, capacity: int) -> None:
-        """Move into a larger capacity; what is there is copied, the rest is zero.
+    def resize(self, capacity: int) -> None:
+        """Move into another capacity; what fits is copied, the rest is zero.
 
         Bindings to the old buffers and rows made before are void afterwards. Raises OutOfMemory
         with everything as it was.
@@ -116,11 +162,12 @@ class States:
                 "a row of a batch cannot grow by itself", do="reserve room on the whole batch first"
             )
         appended = [name for name, spec in self.specs.items() if spec.kind == "append"]
-        grown = {name: self._allocate(name, capacity) for name in appended}  # all, or nothing moves
-        for name, new in grown.items():
+        moved = {name: self._allocate(name, capacity) for name in appended}  # all, or nothing moves
+        for name, new in moved.items():
             old = self.buffers[name]
-            new.host[tuple(map(slice, old.shape))] = old.host
-        self.buffers.update(grown)
+            both = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
+            new.host[both] = old.host[both]
+        self.buffers.update(moved)
         self.capacity = capacity
 
 

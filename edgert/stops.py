@@ -41,6 +41,11 @@ class StopStrings:
         self._held = text[keep:]
         return text[:keep], None
 
+    @property
+    def held(self) -> int:
+        """Characters held back."""
+        return len(self._held)
+
     def flush(self) -> str:
         """The text still held back: the stream has ended, it cannot become a stop string."""
         held, self._held = self._held, ""

@@ -113,7 +113,7 @@ def manifest(**changes: Any) -> Manifest:
     made = Manifest(
         name="fake",
         summary="answers from a hash of all it has read",
-        model_id="",
+        model_id="ab" * 32,
         weights_id="",
         parameters=0,
         vocab_size=VOCAB,
@@ -125,7 +125,9 @@ def manifest(**changes: Any) -> Manifest:
             "lens": StateSpec("counter", "int64", ("batch",)),
             "kept": StateSpec("append", "int64", ("batch", "capacity"), "capacity", "lens"),
         },
-        variants={"fp32-ort": VariantSpec("fp32", "ort", {"ai.onnx": 20}, {"decode": decode})},
+        variants={
+            "fp32-ort": VariantSpec("fp32", "ort", {"ai.onnx": 20}, {"decode": decode}, "cd" * 32)
+        },
         eos=(EOS,),
         tokenizer=TokenizerSpec("bytes", offset=OFFSET),
     )

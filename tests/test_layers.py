@@ -36,12 +36,14 @@ RUN_ZONE = (
     Line("cli"),
     Line("edgert"),
     Line("api bench doctor evaluate speculate mailbox tasks recipes", together=True),
-    Line("model session generate", together=True),
+    Line("resume"),
+    Line("model session generate snapshot", together=True),
+    Line("sessionfile"),
     Line("runner"),
     Line("state"),
-    Line("tokenizer chat sampler stops halting backends"),
-    Line("bundle manifest wiring cache onnxfile files", together=True),
-    Line("rng spec progress"),
+    Line("tokenizer chat sampler stops halting backends vault"),
+    Line("bundle manifest wiring cache onnxfile files tensors", together=True),
+    Line("rng spec progress machine"),
     Line("errors _version"),
 )
 

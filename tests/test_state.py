@@ -99,7 +99,7 @@ def test_growing_keeps_the_content_and_zeroes_the_rest(root):
     made.buffers["k"].write(before)
     carry, lens = made.buffers["carry"], made.counters["lens"]
     lens[:] = (8, 3)
-    made.grow(20)
+    made.resize(20)
     assert made.capacity == 20
     assert np.array_equal(made.buffers["k"].host[:, :, :8], before)
     assert not made.buffers["k"].host[:, :, 8:].any()
@@ -125,7 +125,7 @@ def test_a_failed_growth_changes_nothing():
     made = States(specs, Scarce({}), batch=1, capacity=8)
     before = dict(made.buffers)
     with pytest.raises(OutOfMemory):
-        made.grow(20)
+        made.resize(20)
     assert made.buffers == before
     assert made.capacity == 8
 
@@ -145,7 +145,7 @@ def test_a_row_shares_the_memory_of_its_batch(root):
 def test_a_row_cannot_grow_by_itself(root):
     made = states(root).row(0)
     with pytest.raises(EdgertError, match="a row of a batch cannot grow") as caught:
-        made.grow(20)
+        made.resize(20)
     assert "reserve room on the whole batch" in str(caught.value)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.generic]
+Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,12 @@ class Buffer(ABC):
         """
 
     @abstractmethod
-    def read(self) -> Array:
-        """A copy, in host memory."""
+    def read(self, at: Slices = ()) -> Array:
+        """A copy, in host memory: of the whole, or of the part that the slices name."""
 
     @abstractmethod
-    def write(self, values: Array) -> None:
-        """Replace the whole content; `values` must have this shape and dtype."""
+    def write(self, values: Array, at: Slices = ()) -> None:
+        """Replace the content, or a part of it; `values` must have its shape and dtype."""
 
     @abstractmethod
     def row(self, index: int) -> Buffer:
@@ -75,10 +76,15 @@ class LoadedGraph(ABC):
 
 
 class Backend(ABC):
-    """`placement` says in words what runs where: runtime, version, device, threads."""
+    """`placement` says in words what runs where: runtime, version, device, threads.
+
+    `build` says the same as pairs, of all that decides the bits of a result: equal builds give
+    bitwise equal results for the same calls.
+    """
 
     name: str
     placement: str
+    build: dict[str, str]
 
     @abstractmethod
     def load(self, source: GraphSource) -> LoadedGraph: ...
@@ -103,13 +109,14 @@ class HostBuffer(Buffer):
     def host(self) -> Array:
         return self._array
 
-    def read(self) -> Array:
-        return self._array.copy()
+    def read(self, at: Slices = ()) -> Array:
+        return self._array[at].copy()
 
-    def write(self, values: Array) -> None:
-        if values.shape != self.shape or values.dtype != self.dtype:
-            raise ValueError(f"{values.dtype}{values.shape} into {self.dtype}{self.shape}")
-        self._array[...] = values
+    def write(self, values: Array, at: Slices = ()) -> None:
+        part = self._array[at]
+        if values.shape != part.shape or values.dtype != self.dtype:
+            raise ValueError(f"{values.dtype}{values.shape} into {self.dtype}{part.shape}")
+        part[...] = values
 
     def row(self, index: int) -> HostBuffer:
         if not 0 <= index < self.shape[0]:

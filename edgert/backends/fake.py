@@ -52,6 +52,7 @@ class FakeBackend(Backend):
     placement = "python functions"
 
     def __init__(self, graphs: Mapping[str, GraphFunction]) -> None:
+        self.build = {"backend": self.name}
         self._graphs = graphs
 
     def load(self, source: GraphSource) -> FakeGraph:

@@ -25,6 +25,7 @@ from edgert.errors import (
     OutOfMemory,
     UsageError,
 )
+from edgert.machine import instruction_set
 
 MINIMUM = (1, 23)
 MAX_THREADS = 1024
@@ -160,6 +161,12 @@ class OrtBackend(Backend):
         options.intra_op_num_threads = count = threads or default_threads()
         options.inter_op_num_threads = 1
         self._place(f"{count} thread{'s' * (count > 1)}")
+        self.build = {
+            "backend": f"{self.name} {ort.__version__}",
+            "machine": instruction_set(),
+            "threads": str(count),
+            "prepack": str(prepack).lower(),
+        }
         # Plans of activation memory per input shape: they save no time here, and cost 12 MB.
         options.enable_mem_pattern = False
         if not prepack:
@@ -180,6 +187,7 @@ class OrtBackend(Backend):
                 do="leave threads at 0 to share that pool, or use another process",
             )
         self._options.use_per_session_threads = False
+        self.build["threads"] = "the application's"
         self._place("the application's threads")
         return OrtGraph(self._ort, source, self._options)
 

@@ -1,0 +1,114 @@
+"""From a session file to the session: find its bundle, prove that it is the one, take it up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from edgert.bundle import read_manifest
+from edgert.errors import SessionMismatch, UsageError
+from edgert.files import MANIFEST
+from edgert.model import Model, load
+from edgert.session import Session
+from edgert.sessionfile import SavedSession, read_session
+from edgert.vault import key_from
+
+OWN_CHOICE = ("precision", "lowering")
+"""Arguments of `load` that the session decides: it belongs to one variant."""
+
+
+def resume(
+    path: str | os.PathLike[str],
+    model: Model | None = None,
+    *,
+    bundle: str | os.PathLike[str] | None = None,
+    passphrase: str | None = None,
+    key_file: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Session:
+    """The session that `Session.save` wrote, in this process or another.
+
+    model     the loaded model to resume it on; None loads the bundle it was saved with, and closing
+              the session then closes that model
+    bundle    where that bundle is now; None looks where it was, absolutely and seen from the file
+    options   those of `load`; threads and prepack are by default as they were
+
+    On the same backend version, instruction set, number of threads and lowering it goes on bitwise
+    as if it had never stopped; `Session.notes` names what differs, and then it goes on within the
+    parity tolerance. docs/session.md has the promise in full.
+    Raises BadSession (damaged, or no session), NewerFormat, WrongKey, SessionMismatch (another
+    bundle or variant, or its bundle is not found), what `load` raises, OutOfMemory.
+    """
+    where = Path(path)
+    saved = read_session(where, key_from(passphrase, key_file))
+    if model is not None:
+        if bundle is not None or options:
+            raise UsageError("a model is given, so it is not loaded with other arguments")
+        return Session.restore(model, saved, str(where))
+    refused = [name for name in OWN_CHOICE if options.get(name) is not None]
+    if refused:
+        raise UsageError(
+            f"{refused[0]} cannot be chosen: the session belongs to {saved.bundle.variant}",
+            where=str(where),
+        )
+    root = find_bundle(where, saved, bundle)
+    loaded = load(root, **_as_it_was(saved, root, options))
+    try:
+        session = Session.restore(loaded, saved, str(where))
+    except BaseException:
+        loaded.close()
+        raise
+    session.owns_model = True
+    return session
+
+
+def find_bundle(
+    path: Path, saved: SavedSession, bundle: str | os.PathLike[str] | None = None
+) -> Path:
+    """The directory of a session's bundle: `bundle`, or where the session says it was.
+
+    Raises SessionMismatch if it is not there, or another one is; BadBundle if it is broken.
+    """
+    hint = saved.bundle
+    tried = [Path(bundle)] if bundle is not None else []
+    if bundle is None and hint.path is not None:
+        tried.append(Path(hint.path))
+    if bundle is None and hint.relative is not None:
+        tried.append(path.parent / hint.relative)
+    seen = []
+    for root in tried:
+        if bundle is None and not (root / MANIFEST).is_file():
+            continue
+        manifest = read_manifest(root)
+        if any(v.variant_id == hint.variant_id for v in manifest.variants.values()):
+            return root
+        seen.append(f"{root} is {manifest.name} ({manifest.model_id[:12]})")
+    own = f"{path} was saved with {hint.name} {hint.variant} ({hint.model_id[:12]})"
+    if seen:
+        raise SessionMismatch(
+            "this session belongs to another bundle",
+            where=f"{own}; {seen[0]}",
+            do="resume it with the bundle it was saved with, or start a new session",
+        )
+    raise SessionMismatch(
+        "the session's bundle is not where it was",
+        where=f"{own} at {hint.path or 'a place that is not recorded'}",
+        do=f"say where it is now:  edgert run BUNDLE --session {path}",
+    )
+
+
+def _as_it_was(saved: SavedSession, root: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `load`: what the session needs, and, unless given, what it had."""
+    from edgert.backends.ort import default_threads
+
+    variants = read_manifest(root).variants.values()
+    variant = next(v for v in variants if v.variant_id == saved.bundle.variant_id)
+    had: dict[str, Any] = {"precision": variant.precision, "lowering": variant.lowering}
+    threads = saved.place.get("threads", "")
+    if threads.isdecimal() and len(threads) < 5 and int(threads) != default_threads():
+        had["threads"] = int(threads)
+    if saved.place.get("prepack") == "false":
+        had["prepack"] = False
+    given = {name: value for name, value in options.items() if value is not None}
+    return had | given

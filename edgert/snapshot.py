@@ -1,0 +1,135 @@
+"""Between a live session and what a file holds of it: take it, prove that it fits, take it up."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgert._version import __version__
+from edgert.errors import BadSession, SessionMismatch
+from edgert.sessionfile import BundleHint, SavedSession, checked_data
+
+if TYPE_CHECKING:
+    from edgert.model import Model
+    from edgert.session import Session
+
+
+def snapshot(session: Session, path: Path | None = None) -> SavedSession:
+    """A copy of all that the session is; `path` is where it will be saved.
+
+    Raises UsageError if its data is not JSON.
+    """
+    model, runner, execution = session.model, session.model.runner, session.execution
+    last = execution.last
+    pending = None
+    if last is not None and int(execution.lens[0]) == len(session.tokens):
+        pending = (last.logits[0, -1].copy(), int(last.token[0, -1]))
+    root = os.path.realpath(model.bundle.root)
+    return SavedSession(
+        bundle=BundleHint(
+            name=model.manifest.name,
+            model_id=model.manifest.model_id,
+            variant=runner.variant_name,
+            variant_id=runner.variant.variant_id,
+            path=_plain(root),
+            relative=_plain(os.path.relpath(root, os.path.realpath(path.parent))) if path else None,
+        ),
+        tokens=np.asarray(session.tokens, np.int64),
+        states=execution.states.export(),
+        capacity=execution.states.capacity,
+        pending=pending,
+        request=session.request,
+        stream=session.stream_id,
+        forks=session.forks,
+        place=dict(runner.backend.build),
+        data=checked_data(session.data),
+        written_by=f"edgert {__version__}",
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
+
+
+def adopt(session: Session, saved: SavedSession) -> None:
+    """Make a fresh session what was saved. Raises ValueError if the states are not its own."""
+    execution = session.execution
+    if execution.states.capacity != saved.capacity:
+        raise ValueError(f"it has a capacity of {saved.capacity}")
+    execution.restore(saved.states, _rows(saved), saved.pending)
+    session.tokens = [int(token) for token in saved.tokens]
+    session.data = copy.deepcopy(saved.data)
+    session.request = saved.request
+    session.stream_id, session.forks = saved.stream, saved.forks
+    session.notes = _differences(saved.place, session.model.runner.backend.build)
+
+
+def check_fits(model: Model, saved: SavedSession, where: str) -> None:
+    """Raise SessionMismatch if the session is another variant's, BadSession if its numbers cannot
+    be this model's; before any memory is allocated for it."""
+    if saved.bundle.variant_id != model.runner.variant.variant_id:
+        raise _mismatch(model, saved, where)
+    rows, count, vocab = _rows(saved), saved.tokens.size, model.manifest.vocab_size
+    context = model.manifest.context
+    if count > context:
+        wrong = f"{count} tokens are more than the context of {context}"
+    elif not 0 <= rows <= min(count, saved.capacity) or saved.capacity > context:
+        wrong = f"it has {rows} rows of {count} tokens in a capacity of {saved.capacity}"
+    elif count and not 0 <= saved.tokens.min() <= saved.tokens.max() < vocab:
+        wrong = f"it has token ids outside the vocabulary of {vocab}"
+    elif saved.pending is not None and rows != count:
+        wrong = "it has results of a token that is not its newest"
+    else:
+        return
+    raise not_of_this_model(wrong, where)
+
+
+def not_of_this_model(wrong: str, where: str) -> BadSession:
+    return BadSession(
+        f"the session is not one of this model: {wrong}",
+        where=where,
+        do="take an older copy, or start a new session",
+    )
+
+
+def _rows(saved: SavedSession) -> int:
+    """Rows that the saved states hold: what their one counter says, -1 if there is none."""
+    counts = [a for a in saved.states.values() if a.shape == (1,) and a.dtype == np.int64]
+    return int(counts[0][0]) if len(counts) == 1 else -1
+
+
+def _plain(path: str) -> str | None:
+    """A path that text can carry, or None: the hint is a convenience."""
+    return path if path.isprintable() and len(path) <= 4096 else None
+
+
+def _differences(then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
+    """What decides the bits of a result and is not as it was, in words."""
+    return tuple(
+        f"{key} {then.get(key, 'unknown')} → {now.get(key, 'unknown')}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    )
+
+
+def _mismatch(model: Model, saved: SavedSession, where: str) -> SessionMismatch:
+    hint, runner = saved.bundle, model.runner
+    variants = model.manifest.variants
+    fits = next((n for n, v in variants.items() if v.variant_id == hint.variant_id), None)
+    if fits is not None:
+        variant = variants[fits]
+        return SessionMismatch(
+            f"the session belongs to variant {fits} of this bundle, and {runner.variant_name} is "
+            "loaded",
+            where=where,
+            do=f"load it with --precision {variant.precision} --lowering {variant.lowering}",
+        )
+    return SessionMismatch(
+        "this session belongs to another bundle",
+        where=f"{where} was saved with {hint.name} {hint.variant} ({hint.variant_id[:12]}); "
+        f"{model.bundle.root} is {model.manifest.name} {runner.variant_name} "
+        f"({runner.variant.variant_id[:12]})",
+        do="resume it with the bundle it was saved with, or start a new session",
+    )

@@ -33,13 +33,15 @@ from edgert.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgert.conversation import Conversation
     from edgert.generate import Generation, Piece, Stream, Timings
     from edgert.model import Model, load
-    from edgert.resume import resume
+    from edgert.resuming import resume
     from edgert.sampler import SamplingParams
     from edgert.session import Session
 
 _LAZY = {
+    "Conversation": "edgert.conversation",
     "Generation": "edgert.generate",
     "Model": "edgert.model",
     "Piece": "edgert.generate",
@@ -48,7 +50,7 @@ _LAZY = {
     "Stream": "edgert.generate",
     "Timings": "edgert.generate",
     "load": "edgert.model",
-    "resume": "edgert.resume",
+    "resume": "edgert.resuming",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "BadSession",
     "BadTokenizer",
     "CapacityExceeded",
+    "Conversation",
     "EdgertError",
     "GateFailed",
     "Generation",

@@ -56,6 +56,8 @@ class Timings:
     first_token_s: float = 0.0  # until the first token was chosen (TTFT)
     token_s: list[float] = field(default_factory=list)
     graph_s: float = 0.0  # of all the above, inside graph calls
+    sample_s: float = 0.0  # of all the above, choosing tokens from logits
+    detokenize_s: float = 0.0  # tokens to text, stop strings included
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -182,9 +184,11 @@ class Stream:
         text_of = _text_so_far(session, params.stop, going_on)
         resumed = start
         while True:
+            asked = time.perf_counter()
             choice = self._choose(io, tokens)
             token = choice.token
             now = time.perf_counter()
+            timings.sample_s += now - asked
             if self.tokens:
                 timings.token_s.append(now - resumed)
             else:
@@ -196,7 +200,9 @@ class Stream:
                 return
             tokens.append(token)
             self.tokens.append(token)
+            pushed = time.perf_counter()
             text = text_of.push(token)
+            timings.detokenize_s += time.perf_counter() - pushed
             if text_of.stopped:
                 reason = "stop"
             elif len(self.tokens) >= params.max_tokens or len(tokens) >= context:

@@ -78,7 +78,7 @@ def find_bundle(
         tried.append(path.parent / hint.relative)
     seen = []
     for root in tried:
-        if bundle is None and not (root / MANIFEST).is_file():
+        if bundle is None and not os.path.isfile(root / MANIFEST):  # any hint is just a hint
             continue
         manifest = read_manifest(root)
         if any(v.variant_id == hint.variant_id for v in manifest.variants.values()):

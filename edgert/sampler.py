@@ -98,7 +98,7 @@ class SamplingParams:
                 continue
             object.__setattr__(self, field.name, _checked(field.name, value))
 
-    def replace(self, **changes: Any) -> SamplingParams:
+    def replace(self, /, **changes: Any) -> SamplingParams:
         """A copy with some fields changed. Raises UsageError for an unknown field."""
         for name in changes:
             if name not in _FIELDS:
@@ -349,7 +349,10 @@ def _real(name: str, value: Any, low: float, high: float) -> float:
 
 
 def _refused(name: str, value: object, permitted: str) -> UsageError:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        shown = f"an integer of {int(value).bit_length()} bits"  # type: ignore[call-overload]
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     return UsageError(f"{name} = {shown} is not possible", do=f"use {permitted}")
 

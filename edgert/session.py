@@ -258,7 +258,8 @@ class Session:
 
     def answer(self, params: SamplingParams, seed: int, going_on: Request | None) -> None:
         """Note the request that begins here, or goes on."""
-        start = going_on.start if going_on else len(self.tokens)
+        # A rewind since the stream was made may have left less than it goes on with.
+        start = min(going_on.start, len(self.tokens)) if going_on else len(self.tokens)
         end = len(self.tokens) + params.max_tokens
         self.request = Request(params.replace(seed=seed), start, end)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -18,16 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import BadBundle, BadSession, EdgertError, NewerFormat, OutOfMemory, UsageError
-from edgert.files import write_atomic
+from edgert.files import without_waiting, write_atomic
 from edgert.sampler import SamplingParams
-from edgert.tensors import Array, Sealed, Unsound, read_sealed, sealed_chunks
+from edgert.tensors import Array, Sealed, Unsound, check_seal, read_sealed, sealed_chunks
 from edgert.vault import Key, is_locked, lock, unlock
 
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 8 << 30
 MAX_DATA_BYTES = 1 << 20
+MAX_DATA_DEPTH = 64
+MAX_TEXT_BYTES = 4 << 20  # all of the header but the list of tensors
 MAX_TOKENS = 1 << 24
 _START = b'{"__metadata__":{"edgert":"session",'
+_VERSION = re.compile(rb'"format_version":"([0-9]{1,6})"')
 _AGAIN = "take an older copy, or start a new session"
 
 FINISH_REASONS = ("stop", "length", "deadline", "cancelled")
@@ -89,14 +93,20 @@ class SavedSession:
 def write_session(path: Path, saved: SavedSession, key: Key | None = None) -> int:
     """Write the file whole or not at all, mode 0600; its size in bytes.
 
-    Raises UsageError (data that is not JSON or too large), EdgertError (the system's reason: the
-    old file stays), MissingDependency (a key without the `crypto` extra).
+    Raises UsageError (data that is not JSON; data or settings too large), EdgertError (the
+    system's reason: the old file stays), MissingDependency (a key without the `crypto` extra).
     """
     texts = {
         "edgert": "session",
         "format_version": str(FORMAT_VERSION),
         "session": json.dumps(_header(saved), separators=(",", ":"), allow_nan=False),
     }
+    if len(texts["session"]) > MAX_TEXT_BYTES:
+        raise UsageError(
+            f"the session's settings and data take {len(texts['session']):,} bytes, "
+            f"{MAX_TEXT_BYTES:,} are allowed",
+            do="bias fewer tokens (logit_bias), or keep less in session.data",
+        )
     arrays: dict[str, Array] = {"tokens": saved.tokens}
     arrays |= {f"state.{name}": array for name, array in saved.states.items()}
     if saved.pending is not None:
@@ -135,18 +145,16 @@ def read_session(path: Path, key: Key | None = None) -> SavedSession:
             )
         if data[8 : 8 + len(_START)] != _START:
             raise Unsound("it does not begin as a session file does")
-        sealed = read_sealed(data)
-        version = sealed.texts.get("format_version", "")
-        if not (version.isdecimal() and len(version) < 7 and int(version) >= 1):
-            raise Unsound(f"format_version is {ascii(version)[:40]}")
-        if int(version) > FORMAT_VERSION:
+        version = _VERSION.match(data, 8 + len(_START))
+        if version and int(version[1]) > FORMAT_VERSION:
+            check_seal(data)  # the rest may be what only a newer edgert understands
             raise NewerFormat(
-                f"the session was saved by a newer edgert: format version {version}, this one "
-                f"reads up to {FORMAT_VERSION}",
+                f"the session was saved by a newer edgert: format version {int(version[1])}, this "
+                f"one reads up to {FORMAT_VERSION}",
                 where=str(path),
                 do="pip install --upgrade edgert",
             )
-        return _saved(sealed)
+        return _saved(read_sealed(data))
     except Unsound as error:
         raise BadSession(f"not a sound session file: {error}", where=str(path), do=_AGAIN) from None
     except MemoryError as error:
@@ -157,9 +165,8 @@ def read_session(path: Path, key: Key | None = None) -> SavedSession:
 
 def _read_whole(path: Path) -> bytes:
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(handle, "rb") as file:
-            found = os.fstat(handle)
+        with open(path, "rb", opener=without_waiting) as file:
+            found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise BadSession("a session is a regular file, and this is not", where=str(path))
             if found.st_size > MAX_FILE_BYTES:
@@ -167,7 +174,8 @@ def _read_whole(path: Path) -> bytes:
             start = file.read(8 + len(_START))
             if not (is_locked(start) or start[8:] == _START):  # before reading gigabytes of it
                 raise Unsound("it does not begin as a session file does")
-            return start + file.read(found.st_size - len(start))
+            file.seek(0)
+            return file.read(found.st_size)
     except FileNotFoundError:
         raise BadSession(
             "there is no such session file", where=str(path), do="check the path"
@@ -185,12 +193,23 @@ def checked_data(data: Mapping[str, Any]) -> dict[str, Any]:
         back = json.loads(text)
         if not isinstance(data, dict) or len(text) > MAX_DATA_BYTES:
             raise ValueError(f"a dict of at most {MAX_DATA_BYTES:,} bytes of JSON is wanted")
+        if _nests(back, MAX_DATA_DEPTH):
+            raise ValueError(f"it nests deeper than {MAX_DATA_DEPTH}")
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"the session's data cannot be saved: {error}",
             do="keep in session.data only what JSON can hold",
         ) from error
     return dict(back)
+
+
+def _nests(value: Any, most: int) -> bool:
+    """Whether lists and objects lie in each other more than `most` deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return False
+    return most == 0 or any(_nests(part, most - 1) for part in value)
 
 
 def _header(saved: SavedSession) -> dict[str, Any]:
@@ -218,12 +237,16 @@ def _header(saved: SavedSession) -> dict[str, Any]:
 def _saved(sealed: Sealed) -> SavedSession:
     if sealed.texts.keys() != {"edgert", "format_version", "session"}:
         raise Unsound("its header has other parts than edgert writes")
+    if sealed.texts["format_version"] != str(FORMAT_VERSION):
+        raise Unsound(f"format_version is {ascii(sealed.texts['format_version'])[:40]}")
     try:
         header = json.loads(sealed.texts["session"])
         if json.dumps(header, separators=(",", ":"), allow_nan=False) != sealed.texts["session"]:
             raise ValueError
     except (ValueError, RecursionError):
         raise Unsound("its header is not JSON as edgert writes it") from None
+    if _nests(header, MAX_DATA_DEPTH + 1):
+        raise Unsound(f"its header nests deeper than {MAX_DATA_DEPTH}")
     got = _record("session", header, _HEADER)
     arrays = dict(sealed.arrays)
     tokens: Any = arrays.pop("tokens", np.zeros(0))
@@ -274,7 +297,7 @@ def _record(where: str, value: Any, keys: Mapping[str, Check]) -> dict[str, Any]
     """An object with exactly these keys, each passing its check; Unsound naming all that do not."""
     if not isinstance(value, dict):
         raise Unsound(f"{where} is not an object")
-    wrong = [f"{where}.{ascii(key)[1:41]} is unknown" for key in value if key not in keys]
+    wrong = [f"{where}.{ascii(key)[1:-1][:40]} is unknown" for key in value if key not in keys]
     for key, check in keys.items():
         if key not in value:
             wrong.append(f"{where}.{key} is missing")

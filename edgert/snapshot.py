@@ -58,7 +58,7 @@ def adopt(session: Session, saved: SavedSession) -> None:
     execution = session.execution
     if execution.states.capacity != saved.capacity:
         raise ValueError(f"it has a capacity of {saved.capacity}")
-    execution.restore(saved.states, _rows(saved), saved.pending)
+    execution.restore(saved.states, rows_of(saved), saved.pending)
     session.tokens = [int(token) for token in saved.tokens]
     session.data = copy.deepcopy(saved.data)
     session.request = saved.request
@@ -71,7 +71,7 @@ def check_fits(model: Model, saved: SavedSession, where: str) -> None:
     be this model's; before any memory is allocated for it."""
     if saved.bundle.variant_id != model.runner.variant.variant_id:
         raise _mismatch(model, saved, where)
-    rows, count, vocab = _rows(saved), saved.tokens.size, model.manifest.vocab_size
+    rows, count, vocab = rows_of(saved), saved.tokens.size, model.manifest.vocab_size
     context = model.manifest.context
     if count > context:
         wrong = f"{count} tokens are more than the context of {context}"
@@ -94,7 +94,7 @@ def not_of_this_model(wrong: str, where: str) -> BadSession:
     )
 
 
-def _rows(saved: SavedSession) -> int:
+def rows_of(saved: SavedSession) -> int:
     """Rows that the saved states hold: what their one counter says, -1 if there is none."""
     counts = [a for a in saved.states.values() if a.shape == (1,) and a.dtype == np.int64]
     return int(counts[0][0]) if len(counts) == 1 else -1

@@ -132,10 +132,12 @@ def _parsed(
         shape = tuple(spec["shape"])
         if len(shape) > 8 or not all(type(axis) is int and 0 <= axis < 2**40 for axis in shape):
             raise ValueError
+        if math.prod(max(axis, 1) for axis in shape) >= 2**56:  # NumPy refuses it, even if empty
+            raise ValueError
         specs[name] = (_DTYPES[spec["dtype"]], shape)
     return texts, specs
 
 
 def _little_endian(array: Array) -> Array:
     assert array.dtype.name in _NAMES, f"{array.dtype} is not a dtype of a sealed file"
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return np.asarray(array, array.dtype.newbyteorder("<"), order="C")  # keeps () a ()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from edgert.errors import MissingDependency, NewerFormat, UsageError, WrongKey
+from edgert.files import without_waiting
 from edgert.tensors import SEAL_BYTES, Unsound, check_seal
 
 MAGIC = b"edgert-locked-"
@@ -44,22 +45,24 @@ class Key:
 def key_from(passphrase: str | None, key_file: str | os.PathLike[str] | None) -> Key | None:
     """The key that a caller gave; None if none was given.
 
-    Raises UsageError for both at once, an empty passphrase, or a key file that is unreadable,
-    no regular file, or not of 16 to 4096 bytes.
+    Raises UsageError for both at once, a passphrase that is empty or no Unicode, or a key file
+    that is unreadable, no regular file, or not of 16 to 4096 bytes.
     """
     if passphrase is not None and key_file is not None:
         raise UsageError("a passphrase and a key file are given", do="give one of them")
     if passphrase is not None:
         if not passphrase:
             raise UsageError("the passphrase is empty", do="give one, or leave encryption off")
-        return Key(passphrase.encode("utf-8", "surrogateescape"), 0)
+        try:
+            return Key(passphrase.encode("utf-8", "surrogateescape"), 0)
+        except UnicodeEncodeError as error:
+            raise UsageError("the passphrase is not valid Unicode") from error
     if key_file is None:
         return None
     path = Path(key_file)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(handle, "rb") as file:
-            regular = stat.S_ISREG(os.fstat(handle).st_mode)
+        with open(path, "rb", opener=without_waiting) as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             secret = file.read(MAX_KEY_BYTES + 1) if regular else b""
     except OSError as error:
         raise UsageError(

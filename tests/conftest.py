@@ -56,6 +56,18 @@ def tiny_exported_bundle(tiny_bundle) -> Path:
     return tiny_bundle
 
 
+@pytest.fixture(scope="session")
+def saved_session(tmp_path_factory, tiny_bundle) -> Path:
+    """A session of `tiny_bundle`, saved behind an answer of 20 tokens."""
+    import edgert
+
+    out = tmp_path_factory.mktemp("sessions") / "story.session"
+    with edgert.load(tiny_bundle) as model, model.session() as session:
+        session.generate("the star", max_tokens=20)
+        session.save(out)
+    return out
+
+
 @pytest.fixture
 def copied(tmp_path) -> Callable[[Path], Path]:
     """A function that copies a bundle into the test's own folder, to be changed there."""

@@ -1,4 +1,4 @@
-"""docs/api.md: its code runs, and its tables say what the code says."""
+"""docs/api.md and docs/session.md: the code runs, and the tables say what the code says."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import dataclasses
 import re
 from pathlib import Path
 
+import pytest
+
 import edgert
 from edgert import errors
-from edgert.generate import FINISH_REASONS, Generation, Piece
+from edgert.generate import Generation, Piece
 from edgert.runner import PREFILL_CHUNK
 from edgert.sampler import SamplingParams
+from edgert.sessionfile import FINISH_REASONS
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = (DOCS / "api.md").read_text(encoding="utf-8")
 
 
-def test_the_blocks_run_one_after_the_other(tiny_bundle, capsys):
+@pytest.mark.parametrize(("page", "least"), [("api.md", 9), ("session.md", 1)])
+def test_the_blocks_run_one_after_the_other(page, least, tiny_bundle, tmp_path, monkeypatch):
     """As a reader would type them; they share their names."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) >= 7
-    names = {"BUNDLE": tiny_bundle}
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.DOTALL)
+    assert len(blocks) >= least
+    names = {"BUNDLE": tiny_bundle, "edgert": edgert}
     for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"docs/api.md, block {number}", "exec"), names)
-    assert capsys.readouterr().out
+        exec(compile(block, f"docs/{page}, block {number}", "exec"), names)
 
 
 def test_every_sampling_setting_is_in_the_table_with_its_default():

@@ -36,7 +36,7 @@ RUN_ZONE = (
     Line("cli"),
     Line("edgert"),
     Line("api bench doctor evaluate speculate mailbox tasks recipes", together=True),
-    Line("resume"),
+    Line("conversation resuming"),
     Line("model session generate snapshot", together=True),
     Line("sessionfile"),
     Line("runner"),

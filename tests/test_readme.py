@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +76,16 @@ def test_every_recipe_that_is_named_is_there(typed) -> None:
 @pytest.mark.parametrize(
     "typed", [typed for typed in COMMANDS if typed.arguments[0] != "export"], ids=str
 )
-def test_what_is_cheap_runs(typed, tiny_bundle, model_a_bundle, capsys) -> None:
-    """With a tiny bundle in place of the one that is named."""
+def test_what_is_cheap_runs(
+    typed, tiny_bundle, model_a_bundle, saved_session, tmp_path, monkeypatch, capsys
+) -> None:
+    """With a tiny bundle and session in place of those that are named, and somebody at the keyboard
+    who says one thing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Where are you?\n")))
+    for argument in typed.arguments:
+        if argument.endswith(".session"):
+            shutil.copy(saved_session, tmp_path / argument)
     arguments = [
         str(model_a_bundle if "--ids" in typed.arguments else tiny_bundle)
         if argument.startswith("bundles/")

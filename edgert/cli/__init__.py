@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import click
 
-from edgert.cli import make, use
+from edgert.cli import health, make, measure, sessions, talk, use
 from edgert.errors import EdgertError, OutOfMemory, UsageError
 
 INTERRUPTED = 130
@@ -43,7 +43,18 @@ def cli(ctx: click.Context) -> None:
         ctx.exit(UsageError.exit_code)
 
 
-for command in (make.export, use.run, use.inspect, use.verify, use.version):
+for command in (
+    make.export,
+    talk.run,
+    talk.chat,
+    sessions.session,
+    use.inspect,
+    use.verify,
+    measure.bench,
+    measure.compare,
+    health.evaluate,
+    use.version,
+):
     cli.add_command(command)
 
 

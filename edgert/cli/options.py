@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -28,6 +30,9 @@ def stacked(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+FILE = click.Path(path_type=Path)
+
 as_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 
 common = stacked(
@@ -52,6 +57,32 @@ placement = stacked(
         help="Map the weights instead of copying them into a faster layout.",
     ),
 )
+
+key = stacked(
+    option(
+        "--key-file",
+        type=FILE,
+        metavar="FILE",
+        help="Encrypt and decrypt sessions with the random bytes in this file.",
+    ),
+    option(
+        "--ask-passphrase",
+        is_flag=True,
+        help="The same with a passphrase, asked for on the terminal; EDGERT_PASSPHRASE has it "
+        "without being asked.",
+    ),
+)
+
+
+def key_options(given: dict[str, Any]) -> dict[str, Any]:
+    """What the user gave of `key`, as arguments of `Session.save` and `edgert.resume`."""
+    passphrase = os.environ.get("EDGERT_PASSPHRASE") or None
+    if given["ask_passphrase"]:
+        passphrase = click.prompt("passphrase", hide_input=True, err=True)
+    if given["key_file"] is None and passphrase is None:
+        return {}
+    return {"key_file": given["key_file"], "passphrase": passphrase}
+
 
 sampling = stacked(
     option("-n", "--max-tokens", type=int, metavar="N", help="Longest answer (default: 128)."),

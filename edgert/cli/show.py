@@ -90,7 +90,7 @@ class TerminalReporter(Reporter):
 
 
 @contextmanager
-def hashing(total: int, *, quiet: bool) -> Iterator[Advance]:
+def hashing(total: int | None, *, quiet: bool) -> Iterator[Advance]:
     """The bar of a bundle's first verification; it appears only if there is something to hash."""
     if quiet or not sys.stderr.isatty():
         yield lambda amount: None

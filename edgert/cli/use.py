@@ -1,172 +1,19 @@
-"""run, inspect, verify, version: what needs only the slim runtime."""
+"""inspect, verify, version: what a bundle and an installation say of themselves."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgert.cli.options import (
-    as_json,
-    common,
-    option,
-    parse_ids,
-    placement,
-    sampling,
-    sampling_options,
-)
-from edgert.cli.show import hashing, note, print_json, size
+from edgert.cli.options import BUNDLE, as_json, common
+from edgert.cli.show import hashing, print_json, size
 
 if TYPE_CHECKING:
-    from edgert.generate import Generation, Stream
-    from edgert.model import Model
     from edgert.spec import Manifest
 
-BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
-MAX_PROMPT_BYTES = 16 << 20
 MAX_PARITY_BYTES = 1 << 20
-
-
-@click.command(epilog='example: edgert run bundles/smollm2-135m-instruct -p "The sun is" -n 40')
-@BUNDLE
-@option("-p", "--prompt", metavar="TEXT", help="Text to continue.")
-@option(
-    "-f",
-    "--prompt-file",
-    type=click.File("rb"),
-    metavar="FILE",
-    help="The same from a file; - is stdin.",
-)
-@option("--ids", metavar="1,2,3", help="Token ids to continue; the answer is printed as ids too.")
-@option(
-    "--chat", is_flag=True, help="Send the prompt as a user's message through the chat template."
-)
-@option("--system", metavar="TEXT", help="The system message of --chat.")
-@option("--no-echo", is_flag=True, help="Print the answer without the prompt.")
-@sampling
-@placement
-@as_json
-@common
-def run(bundle: Path, **given: Any) -> None:
-    """Continue a prompt with a bundle's model, streaming the text.
-
-    The answer goes to stdout, a line about its speed to stderr. The defaults of --temperature and
-    the options below it are the bundle's own, where it has any.
-    """
-    options = sampling_options(given)
-    quiet, json_out = given["quiet"], given["as_json"]
-    prompt = _prompt(given)
-    with _load(bundle, given) as model:
-        if given["chat"]:
-            system = [{"role": "system", "content": given["system"]}] if given["system"] else []
-            prompt = model.chat_ids([*system, {"role": "user", "content": str(prompt)}])
-        with model.session() as session:
-            stream = session.stream(prompt, **options)
-            if json_out:
-                print_json(_run_json(model, stream.result()))
-                return
-            if isinstance(prompt, str) and not given["no_echo"]:
-                sys.stdout.write(prompt)
-                sys.stdout.flush()
-            finish = _print_pieces(stream, as_ids=given["ids"] is not None)
-        note(_closing_line(stream, finish), quiet=quiet)
-        note(f"── {model.placement}", quiet=quiet)
-    if finish == "interrupted":
-        raise KeyboardInterrupt
-
-
-def _prompt(given: dict[str, Any]) -> str | list[int]:
-    ways = ("prompt", "prompt_file", "ids")
-    if len([name for name in ways if given[name] is not None]) != 1:
-        raise click.UsageError("give exactly one of --prompt, --prompt-file and --ids")
-    if given["system"] and not given["chat"]:
-        raise click.UsageError("--system goes with --chat")
-    if given["ids"] is not None:
-        if given["chat"]:
-            raise click.UsageError("--chat needs text, not --ids")
-        return parse_ids(given["ids"])
-    if given["prompt"] is not None:
-        text = str(given["prompt"])
-        if any("\ud800" <= c <= "\udfff" for c in text):  # Python's stand-ins for stray bytes
-            raise click.UsageError("the prompt is not UTF-8")
-        return text
-    data = given["prompt_file"].read(MAX_PROMPT_BYTES + 1)
-    if len(data) > MAX_PROMPT_BYTES:
-        raise click.UsageError(f"the prompt file is larger than {size(MAX_PROMPT_BYTES)}")
-    try:
-        return str(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise click.UsageError(f"the prompt file is not UTF-8: {error}") from None
-
-
-def _load(bundle: Path, given: dict[str, Any]) -> Model:
-    from edgert.bundle import read_manifest
-    from edgert.model import load
-
-    total = sum(entry.bytes for entry in read_manifest(bundle).files.values())
-    with hashing(total, quiet=given["quiet"]) as advance:
-        return load(
-            bundle,
-            given["device"],
-            precision=given["precision"],
-            lowering=given["lowering"],
-            threads=given["threads"],
-            prepack=not given["low_memory"],
-            progress=advance,
-        )
-
-
-def _print_pieces(stream: Stream, *, as_ids: bool) -> str:
-    """Stream to stdout; the finish reason, or 'interrupted' after Ctrl-C."""
-    reason = "cancelled"
-    out = sys.stdout
-    try:
-        for piece in stream:
-            out.write(f"{piece.token} " if as_ids and piece.token is not None else "")
-            out.write("" if as_ids else piece.text)
-            out.flush()
-            reason = piece.finish_reason or reason
-    except KeyboardInterrupt:
-        reason = "interrupted"
-    click.echo()
-    return reason
-
-
-def _closing_line(stream: Stream, finish: str) -> str:
-    t = stream.timings
-    parts = [f"{len(stream.tokens)} tokens"]
-    if stream.tokens:
-        parts.append(f"first after {t.first_token_s * 1e3:.0f} ms")
-    if t.token_s:
-        parts.append(f"then {t.decode_tokens_per_s:.1f} tok/s")
-    parts.append(finish)
-    if not stream.params.greedy:
-        parts.append(f"seed {stream.seed}")
-    return "── " + " · ".join(parts)
-
-
-def _run_json(model: Model, result: Generation) -> dict[str, Any]:
-    t = result.timings
-    return {
-        "text": result.text,
-        "tokens": list(result.tokens),
-        "finish_reason": result.finish_reason,
-        "logprobs": None if result.logprobs is None else list(result.logprobs),
-        "alternatives": [[list(pair) for pair in row] for row in result.alternatives],
-        "seed": result.seed,
-        "model_id": model.manifest.model_id,
-        "variant": model.runner.variant_name,
-        "variant_id": model.runner.variant.variant_id,
-        "placement": model.placement,
-        "n_prompt": t.prompt_tokens,
-        "n_gen": len(result.tokens),
-        "prefill_ms": t.prefill_s * 1e3,
-        "ttft_ms": t.first_token_s * 1e3,
-        "decode_tokens_per_s": t.decode_tokens_per_s,
-        "graph_ms": t.graph_s * 1e3,
-    }
 
 
 @click.command(epilog="example: edgert inspect bundles/smollm2-135m-instruct --json")

@@ -1,0 +1,139 @@
+"""Whether what was timed is what the model says: figures of a wrong answer are not printed.
+
+Two checks. All timed requests must have said the same tokens. And these must be what the model
+says on another path: the whole sequence read at once, by the bundle's other lowering where it has
+one, asked after each token for the next one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgert.bench.plan import Work, digest
+from edgert.errors import EdgertError, GateFailed
+from edgert.files import read_regular
+from edgert.model import Model
+from edgert.runner import SCORE_CHUNK
+
+MARGIN = 1e-3
+"""Lead of the best logit over the second below which two correct paths may differ."""
+
+_PARITY_MARGINS = 4
+_MAX_PARITY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the check has seen: on which path, at how many places, with how small a lead."""
+
+    path: str
+    compared: int
+    unclear: int  # places where the reference's own lead is below the margin
+    margin: float
+    sha256: str
+
+
+def check_repeats(answers: Sequence[Sequence[int]]) -> str:
+    """The SHA-256 that all answers share. Raises GateFailed naming the first difference."""
+    first = list(answers[0])
+    for repeat, answer in enumerate(answers[1:], 2):
+        if list(answer) != first:
+            place = next(
+                (i for i, (a, b) in enumerate(zip(first, answer, strict=False)) if a != b),
+                min(len(first), len(answer)),
+            )
+            raise GateFailed(
+                "the timed requests did not all give the same tokens, so their times mean nothing",
+                where=f"request {repeat} of {len(answers)} differs from the first at token {place}",
+                do="check the machine and the bundle (edgert verify), then measure again",
+            )
+    return digest(first)
+
+
+def check_reference(
+    model: Model, work: Work, answer: Sequence[int], *, margin: float = MARGIN
+) -> Verified:
+    """Compare an answer with what `model` says when it reads depth, prompt and answer at once.
+
+    Memory: the logits of SCORE_CHUNK positions. Raises GateFailed for the first token that differs
+    where the lead exceeds the margin, and if there is no such place at all; OutOfMemory.
+    """
+    prompt = [*work.depth, *work.ids]
+    compared = unclear = 0
+    execution = model.runner.open(tokens=len(prompt) + len(answer))
+    try:
+        if len(prompt) > 1:
+            for _ in execution.feed(np.asarray(prompt[:-1], np.int64), chunk=SCORE_CHUNK):
+                pass
+        fed = np.asarray([prompt[-1], *answer[:-1]], np.int64)  # what each token was chosen behind
+        logits = np.empty((min(SCORE_CHUNK, len(fed)), model.manifest.vocab_size), np.float32)
+        for start in range(0, len(fed), SCORE_CHUNK):
+            part = fed[start : start + SCORE_CHUNK]
+            execution.score(part, logits[: len(part)])
+            for i in range(len(part)):
+                best, lead = _best(logits[i])
+                token, place = answer[start + i], start + i
+                if not lead > margin:
+                    unclear += 1
+                elif token == best:
+                    compared += 1
+                else:
+                    raise GateFailed(
+                        f"token {place} of the timed answer is {token}, the reference says {best} "
+                        f"with a lead of {lead:.3g}: what was timed is not this model",
+                        where=f"reference: {_path(model)}",
+                        do="export the bundle again, or report the backend and its version",
+                    )
+    finally:
+        execution.close()
+    if not compared:
+        raise GateFailed(
+            f"none of the {len(answer)} tokens can be verified: the reference's best logit never "
+            f"leads by more than {margin:g}",
+            where=f"reference: {_path(model)}",
+            do="measure with a longer answer (-n)",
+        )
+    return Verified(_path(model), compared, unclear, margin, digest(answer))
+
+
+def _path(model: Model) -> str:
+    return f"{model.runner.variant_name}, whole sequence at once"
+
+
+def _best(logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> tuple[int, float]:
+    """The best token and its lead over the second; a lead of 0 where a logit is not a number."""
+    if logits.size < 2 or np.isnan(logits).any():
+        return int(logits.argmax()), 0.0
+    second, first = np.partition(logits, -2)[-2:]
+    return int(logits.argmax()), float(first) - float(second)
+
+
+def check_expected(found: str, expected: str, where: str) -> None:
+    """Raise GateFailed if the answer's hash is not the one that the user gave."""
+    if found != expected:
+        raise GateFailed(
+            f"the answer's SHA-256 is {found}, the reference's is {expected}",
+            where=where,
+            do="measure the bundle, prompt and precision that the reference was made with",
+        )
+
+
+def margin_of(model: Model) -> float:
+    """The margin for a bundle: MARGIN, or more where its own parity report saw more.
+
+    Graphs that each lie within some error of the truth may differ by twice as much, and a lead
+    counts two logits: four times the largest difference of any variant that the gate let pass.
+    """
+    if "parity.json" not in model.manifest.reports:
+        return MARGIN
+    try:
+        report = json.loads(read_regular(model.bundle.root / "parity.json", _MAX_PARITY_BYTES))
+        seen = [float(check["logits_max_abs"]) for check in report["checks"]]
+    except (EdgertError, ValueError, TypeError, KeyError, RecursionError):
+        return MARGIN
+    worst = max((value for value in seen if np.isfinite(value)), default=0.0)
+    return max(MARGIN, _PARITY_MARGINS * worst)

@@ -10,12 +10,13 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV := .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test full clean
+.PHONY: help demo test full fuzz clean
 
 help:
 	@echo "make demo    set up, export a real 135M model to a bundle, and let it answer"
 	@echo "make test    set up, then lint, types and tests"
-	@echo "make full    the same with the long tests"
+	@echo "make full    the same with the long tests and an hour of fuzzing"
+	@echo "make fuzz    the fuzzing alone (EDGERT_FUZZ_SECONDS: 3600 for each parser, side by side)"
 	@echo "make clean   remove what these made: .venv, the demo's bundle, caches"
 
 demo: $(VENV)/.stamp-export
@@ -26,6 +27,9 @@ test: $(VENV)/.stamp-dev
 
 full: $(VENV)/.stamp-dev
 	@bash scripts/check --full
+
+fuzz: $(VENV)/.stamp-dev
+	@$(VENV)/bin/python scripts/fuzz --seconds $${EDGERT_FUZZ_SECONDS:-3600}
 
 # A stage is done when its stamp is newer than what it was made from, so that a second run starts
 # at once and does not ask pip anything.

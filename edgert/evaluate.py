@@ -241,9 +241,13 @@ def _text_bytes(model: Model, ids: NDArray[np.int64]) -> int | None:
 
 
 def read_text(path: Path) -> str:
-    """A user's text file: regular, UTF-8, not empty, at most 1 GiB. Raises UsageError otherwise,
-    OSError if it cannot be opened."""
-    data = _read(path)
+    """A user's text file: regular, UTF-8, not empty, at most 1 GiB. Raises UsageError otherwise."""
+    try:
+        data = _read(path)
+    except OSError as error:
+        raise UsageError(
+            f"the data file cannot be read: {error.strerror}", where=str(path)
+        ) from error
     if not data:
         raise UsageError("the data file is empty", where=str(path), do="give a text to predict")
     try:

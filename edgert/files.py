@@ -93,7 +93,9 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise BadBundle(
-                f"the file has {size:,} bytes, {max_bytes:,} are allowed", where=str(path)
+                f"the file has {size:,} bytes, {max_bytes:,} are allowed",
+                where=str(path),
+                do="export the bundle again, or copy it again from its source",
             )
         data = file.read(size)
     if len(data) != size:
@@ -103,6 +105,11 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
             do="let the copy finish, then try again",
         )
     return data
+
+
+def without_waiting(path: str, flags: int) -> int:
+    """An opener for `open`: what turns out to be a FIFO does not make us wait for its writer."""
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def _open_below(root: Path, parts: tuple[str, ...]) -> BinaryIO:

@@ -261,6 +261,8 @@ class Session:
         # A rewind since the stream was made may have left less than it goes on with.
         start = min(going_on.start, len(self.tokens)) if going_on else len(self.tokens)
         end = len(self.tokens) + params.max_tokens
+        if going_on is not None and end == going_on.end:  # the rest of it, not a shorter request
+            params = params.replace(max_tokens=going_on.params.max_tokens)
         self.request = Request(params.replace(seed=seed), start, end)
 
     def finish(self, reason: str | None) -> None:

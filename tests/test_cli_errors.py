@@ -21,11 +21,13 @@ def test_success_is_0(run, tiny_bundle) -> None:
 
 
 def test_a_run_time_failure_is_1(run, model_a_checkpoint, tmp_path) -> None:
-    """The output's folder is a file: the system's own words, and which file."""
+    """The output's folder is a file: the system's own words, which file, and what to do."""
     (tmp_path / "file").write_text("")
     got = run("export", model_a_checkpoint, "-o", tmp_path / "file" / "model")
     assert got.code == 1
-    assert re.match(r"error: (File exists|Not a directory)\n  where  .*file\n$", last(got.err))
+    words = "cannot write the bundle: (File exists|Not a directory)"
+    form = rf"error: {words}\n  where  .*file\n  do     check free space and permissions.*\n$"
+    assert re.match(form, last(got.err))
 
 
 def last(text: str) -> str:

@@ -35,7 +35,7 @@ RUN_ZONE = (
     Line("__main__"),
     Line("cli"),
     Line("edgert"),
-    Line("api bench doctor evaluate speculate mailbox tasks recipes", together=True),
+    Line("api bench doctor evaluate speculate mailbox tasks recipebook", together=True),
     Line("conversation resuming"),
     Line("model session generate snapshot", together=True),
     Line("sessionfile"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import shlex
@@ -14,6 +15,7 @@ import click
 import pytest
 from wheels import ROOT
 
+import edgert
 from edgert.cli import cli, main
 from edgert.errors import EdgertError
 
@@ -29,7 +31,8 @@ class Typed:
 
     @property
     def arguments(self) -> list[str]:
-        return shlex.split(self.line, comments=True)[1:]
+        words = shlex.split(self.line, comments=True)[1:]
+        return words[: words.index(">")] if ">" in words else words  # the shell's own part
 
     def __str__(self) -> str:
         return f"{self.page}: {self.line}"
@@ -73,19 +76,35 @@ def test_every_recipe_that_is_named_is_there(typed) -> None:
             assert (ROOT / argument).is_file()
 
 
+@pytest.fixture(scope="module")
+def files(tiny_bundle, saved_session, tmp_path_factory) -> dict[str, Path]:
+    """What stands in for a named file, by its ending: a session of more than 40 tokens, a text, and
+    a bench of the tiny bundle."""
+    folder = tmp_path_factory.mktemp("files")
+    session, text, bench = (folder / f"a{end}" for end in (".session", ".txt", ".json"))
+    with edgert.resume(saved_session) as story:
+        story.generate(max_tokens=40, ignore_eos=True)
+        story.save(session)
+    text.write_text("The sun is a star. " * 20)
+    command = ["bench", str(tiny_bundle), "-p", "4", "-n", "4", "-r", "2", "--no-cold-start"]
+    with bench.open("w") as out, contextlib.redirect_stdout(out):
+        assert main([*command, "--json"]) == 0
+    return {path.suffix: path for path in (session, text, bench)}
+
+
 @pytest.mark.parametrize(
     "typed", [typed for typed in COMMANDS if typed.arguments[0] != "export"], ids=str
 )
 def test_what_is_cheap_runs(
-    typed, tiny_bundle, model_a_bundle, saved_session, tmp_path, monkeypatch, capsys
+    typed, tiny_bundle, model_a_bundle, files, tmp_path, monkeypatch, capsys
 ) -> None:
-    """With a tiny bundle and session in place of those that are named, and somebody at the keyboard
+    """With a tiny bundle and files in place of those that are named, and somebody at the keyboard
     who says one thing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Where are you?\n")))
     for argument in typed.arguments:
-        if argument.endswith(".session"):
-            shutil.copy(saved_session, tmp_path / argument)
+        if stand_in := files.get(Path(argument).suffix):
+            shutil.copy(stand_in, tmp_path / argument)
     arguments = [
         str(model_a_bundle if "--ids" in typed.arguments else tiny_bundle)
         if argument.startswith("bundles/")

@@ -62,9 +62,7 @@ def cold_start(
 def _start(job: str) -> dict[str, Any]:
     import subprocess
 
-    import edgert
-
-    home = str(Path(edgert.__file__).resolve().parents[1])
+    home = str(Path(__file__).resolve().parents[2])  # where this edgert is, installed or not
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     begun = time.monotonic_ns()
     try:

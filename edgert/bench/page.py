@@ -212,7 +212,11 @@ def _verified(r: Mapping[str, Any]) -> str:
 
 
 def _declared(r: Mapping[str, Any]) -> str:
-    return _table({row: "\n".join(_said(r, key) for key in _DECLARED[row]) for row in _DECLARED})
+    rows = {}
+    for row, keys in _DECLARED.items():
+        said = [_said(r, key) for key in keys]
+        rows[row] = ("\n" if max(map(len, said)) > 50 else " · ").join(said)
+    return _table(rows)
 
 
 def _said(r: Mapping[str, Any], key: str) -> str:

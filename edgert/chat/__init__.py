@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from edgert.chat.sandbox import compiled
 from edgert.errors import BadTokenizer, EdgertError, UsageError
 
-MAX_TEMPLATE = 2**20  # characters
+MAX_TEMPLATE = 2**17  # characters: compiling more takes longer than MAX_SECONDS; real ones: 2**15
 MAX_OUTPUT = 16 * 2**20  # characters; also of all messages together
 
 _ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -1,7 +1,9 @@
 """Where chat templates run: jinja2's immutable sandbox, with bounds on memory and time.
 
 Filters and methods that build large values out of small ones are absent or metered, and so are
-loops and operators; nothing can be loaded. The rest, white space included, is as in
+loops and operators; nothing can be loaded. A list that holds another one twice, and so on forty
+times, is small and takes forever to compare or to write: whatever looks into a value pays for all
+that can be seen in it. The rest, white space included, is as in
 huggingface/transformers, src/transformers/utils/chat_template_utils.py, which published templates
 are written for.
 """
@@ -10,8 +12,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    KeysView,
+    Mapping,
+    ValuesView,
+)
 from datetime import datetime
+from functools import wraps
 from typing import Any, NoReturn
 
 from edgert.errors import MissingDependency, UsageError
@@ -29,6 +40,8 @@ FILTERS = _names(
     length list lower map max min reject rejectattr replace reverse safe select selectattr sort
     string title tojson trim truncate unique upper wordcount"""
 )
+SHALLOW = _names("count d default first last length")  # do not look into what they are given
+LOOKING = _names("changed count index")  # methods that compare, or write what they miss
 GLOBALS = _names("range cycler joiner")
 METHODS: tuple[tuple[type, frozenset[str]], ...] = (
     (
@@ -82,6 +95,23 @@ class Meter:
             self.spend(8)
         return value
 
+    def seen(self, value: Any) -> Any:
+        """The value, paid for as something that is looked into; a stream pays as it flows."""
+        if isinstance(value, (Iterator, KeysView, ValuesView, ItemsView)):
+            return map(self.value, value)
+        return self.value(value)
+
+    def looking(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter, paying for what it is given."""
+        passed = int(hasattr(function, "jinja_pass_arg"))  # jinja's own first argument
+
+        @wraps(function)
+        def paying(*args: Any, **kwargs: Any) -> Any:
+            given = [*args[:passed], *map(self.seen, args[passed:])]
+            return function(*given, **{name: self.seen(value) for name, value in kwargs.items()})
+
+        return paying
+
     def loop(self, items: Iterable[Any], static: int) -> Iterator[Any]:
         """The items of a loop whose body has `static` characters of plain text."""
         for item in items:
@@ -92,7 +122,7 @@ class Meter:
         return "".join(str(self.value(value)) for value in values)
 
     def replace(self, text: Any, old: Any, new: Any, *count: int) -> str:
-        text, old, new = str(text), str(old), str(new)
+        text, old, new = (str(self.value(part)) for part in (text, old, new))
         self.spend(len(text) + text.count(old) * len(new))
         return str(text.replace(old, new, *count))
 
@@ -213,6 +243,8 @@ def compiled(source: str) -> Any:
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902
             owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
             meter.spend(1)
+            if name in LOOKING:
+                meter.value([owner if isinstance(owner, (list, tuple)) else None, *args])
             if isinstance(owner, str) and name in ("replace", "join"):
                 return getattr(meter, name)(owner, *args, **kwargs)
             result = super().call(__context, __obj, *args, **kwargs)
@@ -220,7 +252,8 @@ def compiled(source: str) -> Any:
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             meter.operate(operator, left, right)
-            return super().call_binop(context, operator, left, right)
+            result = super().call_binop(context, operator, left, right)
+            return meter.value(result) if isinstance(result, tuple) else result
 
     class Metering(NodeTransformer):
         """Puts the meter into what the sandbox has no hook for, and refuses to load files."""
@@ -234,6 +267,32 @@ def compiled(source: str) -> Any:
         def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
             self.generic_visit(node)
             return filtered(nodes.List(node.nodes, lineno=node.lineno), "__concat")
+
+        def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+            self.generic_visit(node)
+            node.expr = filtered(node.expr, "__seen")
+            for operand in node.ops:
+                operand.expr = filtered(operand.expr, "__seen")
+            return node
+
+        def visit_Test(self, node: nodes.Test) -> nodes.Test:
+            self.generic_visit(node)
+            if node.args:  # the others look at the kind of a value
+                node.node = filtered(node.node, "__seen")
+                node.args = [filtered(arg, "__seen") for arg in node.args]
+            return node
+
+        def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+            """Hashing is looking, and has no hook: tuples pay when they are made."""
+            self.generic_visit(node)
+            return filtered(node, "__seen") if node.ctx == "load" else node
+
+        def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem:
+            """A missing key is written out in the error."""
+            self.generic_visit(node)
+            if not isinstance(node.arg, (nodes.Const, nodes.Slice)):
+                node.arg = filtered(node.arg, "__seen")
+            return node
 
         def visit_Include(self, node: nodes.Node) -> NoReturn:
             raise TemplateSyntaxError("a chat template may not load other files", node.lineno)
@@ -263,7 +322,10 @@ def compiled(source: str) -> Any:
         finalize=meter.value,
     )
     known = sandbox.filters
-    sandbox.filters = {name: known[name] for name in FILTERS} | {
+    sandbox.filters = {name: known[name] for name in SHALLOW}
+    sandbox.filters |= {name: meter.looking(known[name]) for name in FILTERS - SHALLOW}
+    sandbox.filters |= {
+        "__seen": meter.seen,
         "__loop": meter.loop,
         "__concat": meter.concat,
         "indent": meter.indent,
@@ -274,7 +336,7 @@ def compiled(source: str) -> Any:
     }
 
     def join(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
-        parts = list(meter.loop(value, 8 + len(str(d))))
+        parts = list(meter.loop(value, 8 + len(str(meter.value(d)))))
         return str(meter.value(sync_do_join(context, meter.value(parts), d, attribute)))
 
     join.jinja_pass_arg = sync_do_join.jinja_pass_arg  # type: ignore[attr-defined]
@@ -282,7 +344,7 @@ def compiled(source: str) -> Any:
     sandbox.globals = {name: sandbox.globals[name] for name in GLOBALS} | {
         "dict": _dict,
         "namespace": PlainNamespace,
-        "raise_exception": _raise_exception,
+        "raise_exception": lambda message: _raise_exception(meter.value(message)),
         "strftime_now": _strftime_now,
     }
     return sandbox.from_string(Metering().visit(sandbox.parse(source)))

@@ -53,6 +53,9 @@ for command in (
     measure.bench,
     measure.compare,
     health.evaluate,
+    health.doctor,
+    health.recipes,
+    health.completion,
     use.version,
 ):
     cli.add_command(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from edgert.cli.options import BUNDLE, FILE, as_json, common, option, placement
 from edgert.cli.show import hashing, note, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from edgert.doctor import Row, Setting
     from edgert.evaluate import Evaluation
 
 
@@ -142,3 +144,149 @@ def _scoring(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
 
     with bar:
         yield progress
+
+
+@click.command(epilog="example: edgert doctor --json")
+@as_json
+@common
+@click.pass_context
+def doctor(context: click.Context, as_json: bool, quiet: bool, debug: bool) -> None:
+    """What this machine has of what edgert needs, and what to do about the rest.
+
+    The exit code is 0 if a bundle can run here, and 4 if not. CUDA, TensorRT and the rows about
+    Jetson were written after NVIDIA's documentation and tested on file trees and stand-ins of a
+    driver: they have not been run on a Jetson or another GPU.
+    """
+    from edgert._version import __version__
+    from edgert.doctor import examine
+    from edgert.errors import Incompatible
+
+    report = examine(settings=_settings(context.find_root().command))
+    if as_json:
+        print_json(
+            {
+                "edgert": __version__,
+                "can_run": not report.lacking,
+                "rows": [
+                    {"name": r.name, "finding": r.finding, "status": r.status, "do": r.do}
+                    for r in report.rows
+                ],
+                "settings": dict(report.settings),
+            }
+        )
+    else:
+        click.echo("\n".join(_table(report.rows)))
+    if report.lacking:
+        row = report.lacking[0]
+        raise Incompatible(f"no bundle can run here: {row.name}: {row.finding}", do=row.do)
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    """Name, finding, status in columns, and below a row what to do about it."""
+    first = max(len(row.name) for row in rows)
+    second = min(56, max(len(row.finding) for row in rows))
+    for row in rows:
+        yield f"{row.name:<{first}}  {row.finding:<{second}}  {row.status}"
+        if row.do:
+            yield f"{'':<{first}}  do: {row.do}"
+
+
+SHARED = {
+    "EDGERT_DEVICE": "auto",
+    "EDGERT_PRECISION": "the bundle's best",
+    "EDGERT_LOWERING": "the device's fastest",
+    "EDGERT_THREADS": "0",
+    "EDGERT_LOW_MEMORY": "0",
+}
+"""Defaults of `placement`, which all verbs that load a bundle share."""
+
+
+def _settings(root: click.Command) -> list[Setting]:
+    """The variables that the command line reads."""
+    from edgert.doctor import Setting
+
+    takers: dict[str, list[str]] = {variable: [] for variable in SHARED}
+    options: dict[str, click.Option] = {}
+    for verb, command in leaves(root):
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and isinstance(parameter.envvar, str):
+                options.setdefault(parameter.envvar, parameter)
+                takers.setdefault(parameter.envvar, []).append(verb)
+    found = [
+        Setting(
+            variable,
+            f"{max(options[variable].opts, key=len)} of {', '.join(verbs)}",
+            SHARED.get(variable),
+            partial(_problem, options[variable]),
+        )
+        for variable, verbs in takers.items()
+    ]
+    own = {"EDGERT_CACHE_DIR": "where the cache is", "EDGERT_PASSPHRASE": "of encrypted sessions"}
+    return found + [Setting(variable, of) for variable, of in own.items()]
+
+
+def leaves(command: click.Command, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Verbs that do something, with the names of the groups they are in: 'session info'."""
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    for key, inner in command.commands.items():
+        yield from leaves(inner, f"{name} {key}".lstrip())
+
+
+def _problem(option: click.Option, value: str) -> str | None:
+    """Why the value of a variable would be refused."""
+    from edgert.backends import DEVICES
+
+    if option.name == "device" and value not in DEVICES:
+        return f"choose one of: {', '.join(DEVICES)}"
+    given = option.type.split_envvar_value(value) if option.multiple else value
+    try:
+        option.type_cast_value(click.Context(click.Command("doctor")), given)
+    except click.UsageError as error:
+        return error.message
+    return None
+
+
+@click.command(epilog="example: edgert recipes smollm2-135m-instruct")
+@click.argument("name", required=False)
+@option("--path", "as_path", is_flag=True, help="Print where the recipe's file is.")
+@as_json
+@common
+def recipes(name: str | None, as_path: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+    """The recipes that come with edgert; with a NAME, the recipe itself.
+
+    A recipe is exported by its path: edgert export "$(edgert recipes NAME --path)" -o BUNDLE.
+    """
+    from edgert.recipebook import find, recipes
+
+    if as_path and name is None:
+        raise click.UsageError("--path wants the NAME of a recipe")
+    found = recipes() if name is None else [find(name)]
+    if as_json:
+        facts = [
+            {"name": e.name, "source": e.source, "makes": e.makes, "path": str(e.path)}
+            for e in found
+        ]
+        print_json({"recipes": facts} if name is None else facts[0] | {"text": found[0].text})
+    elif name is None:
+        click.echo("\n".join(f"{e.name}  {e.makes}, from {e.source}" for e in found))
+    else:
+        click.echo(str(found[0].path) if as_path else found[0].text, nl=as_path)
+
+
+@click.command(epilog="example: edgert completion bash")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@common
+@click.pass_context
+def completion(context: click.Context, shell: str, quiet: bool, debug: bool) -> None:
+    """Print a script that completes verbs and options in a SHELL.
+
+    bash: put eval "$(edgert completion bash)" into ~/.bashrc; zsh: the same with zsh into ~/.zshrc;
+    fish: edgert completion fish > ~/.config/fish/completions/edgert.fish.
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None, shell
+    click.echo(kind(context.find_root().command, {}, "edgert", "_EDGERT_COMPLETE").source())

@@ -45,7 +45,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"the recipe is larger than {MAX_BYTES} bytes", where=str(path))
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise UsageError(f"the recipe is not TOML: {error}", where=str(path)) from error
     problems = sorted(_problems(table))
     if problems:
@@ -126,7 +126,10 @@ def _source(source: dict[str, Any], recipe: Path) -> Path:
     if "package" not in source:
         return recipe.parent / str(source["path"])
     name = source["package"]
-    spec = importlib.util.find_spec(name)  # finds it without importing it
+    try:
+        spec = importlib.util.find_spec(name)  # finds it without importing it
+    except ValueError:  # a running program, `__main__`, is no package
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         install = source.get("install")
         error = MissingDependency(f"package {name}", "export", why="it carries this recipe's model")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgert.errors import EdgertError
+
 SUFFIX = ".export"
 
 
@@ -17,19 +19,27 @@ def workshop(out: Path) -> Iterator[Path]:
     """An empty directory `.<name>.<random>.export` beside `out`, removed at the end.
 
     It is locked while it is in use: one that a killed export left behind is not, and goes too.
+    What the system refuses meanwhile, such as more space, is raised as EdgertError.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    # Not tempfile.mkdtemp: its mode of 0700 would become the bundle's.
-    work = out.parent / f".{out.name}.{os.urandom(6).hex()}{SUFFIX}"
-    work.mkdir()
-    lock = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        # Not tempfile.mkdtemp: its mode of 0700 would become the bundle's.
+        work = out.parent / f".{out.name}.{os.urandom(6).hex()}{SUFFIX}"
+        work.mkdir()
+        lock = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            os.close(lock)
+    except OSError as error:
+        raise EdgertError(
+            f"cannot write the bundle: {error.strerror or error}",
+            where=str(error.filename or out),
+            do="check free space and permissions there, or choose another output",
+        ) from error
 
 
 def _remove_abandoned(out: Path) -> None:

@@ -50,7 +50,11 @@ def load_source(
 
 
 def _read(path: Path, context: int | None, progress: Progress | None) -> Imported:
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UsageError(f"{error.strerror}: {path}", do=ACCEPTED) from error
+    if is_folder:
         from edgert.models.importers import huggingface
 
         return huggingface.load(path, context=context, progress=progress)

@@ -39,6 +39,7 @@ from edgert.models.importers.common import (
     choose_context,
     named,
     sha256,
+    shown,
     slug,
 )
 from edgert.models.importers.gguf_file import GGUFFile, Stored
@@ -114,7 +115,8 @@ def _import(file: GGUFFile, context: int | None, progress: Progress | None) -> I
     architecture = file.keys.get("general.architecture")
     if architecture != "llama":
         raise UnsupportedModel(
-            f"general.architecture is {architecture!r}; of GGUF files only 'llama' is implemented",
+            f"general.architecture is {shown(architecture)}; "
+            "of GGUF files only 'llama' is implemented",
             where=where,
             do="docs/sources.md lists what is implemented",
         )

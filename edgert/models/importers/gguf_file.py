@@ -24,7 +24,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_ENTRIES = 1 << 16  # metadata keys, and tensors
 MAX_NAME = 1 << 10
-MAX_ARRAY = 1 << 22
+MAX_ARRAY = 1 << 22  # elements of all arrays: each becomes a Python object
 MAX_ALIGNMENT = 1 << 16
 MAX_DIMS = 4
 MAX_ELEMENTS = 1 << 40
@@ -73,7 +73,7 @@ class GGUFFile:
             except ValueError as error:  # an empty file cannot be mapped
                 raise BadCheckpoint("the file is empty", where=str(path)) from error
         try:
-            self._at = 0
+            self._at, self._elements = 0, MAX_ARRAY
             self._read(block_sizes, type_names)
         except BaseException:
             self._map.close()
@@ -146,7 +146,8 @@ class GGUFFile:
             return self._string(f"the value of {key}", len(self._map))
         if kind == _ARRAY:
             kind = self._unsigned(4, f"the element type of {key}", 1 << 32)
-            count = self._unsigned(8, f"the length of {key}", MAX_ARRAY)
+            count = self._unsigned(8, f"the length of {key}", self._elements)
+            self._elements -= count
             if kind == _STRING:
                 return self._strings(count, key)
             dtype = self._dtype(kind, key)

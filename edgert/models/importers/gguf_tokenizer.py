@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgert.errors import BadTokenizer, MissingDependency
+from edgert.errors import BadTokenizer, EdgertError, MissingDependency
 from edgert.models.importers.assets import Assets, checked_ids
 from edgert.models.importers.common import shown
 
@@ -85,7 +85,18 @@ def _tokenizer(
     starts = keys.get("tokenizer.ggml.add_bos_token", kind == "llama3")
     ends = keys.get("tokenizer.ggml.add_eos_token", False)
     notes = ("tokenizer.ggml.add_eos_token is ignored: prompts are left open",) if ends else ()
-    return _build(tokens, merges, types, kind, bos if starts else None, where), notes
+    try:
+        return _build(tokens, merges, types, kind, bos if starts else None, where), notes
+    except BaseException as error:
+        # The library's Rust panics derive from BaseException; they are no reason to die.
+        own = isinstance(error, EdgertError) or not isinstance(error, Exception)
+        if own and type(error).__name__ != "PanicException":
+            raise
+        raise BadTokenizer(
+            f"the tokenizer of the file cannot be built: {shown(str(error))}",
+            where=where,
+            do=GIVE_ONE,
+        ) from error
 
 
 def _array(keys: Mapping[str, Any], key: str, kind: type, where: str) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -42,8 +43,9 @@ from edgert.models.importers.common import (
 from edgert.models.importers.huggingface_config import read_config
 
 MAX_JSON = 16 << 20
-MAX_TEMPLATE = 1 << 20
+MAX_TEMPLATE = 1 << 17  # as the runtime has it
 MAX_SHARDS = 1 << 10
+MAX_FILE_NAME = 255  # bytes: what Linux file systems take
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -162,7 +164,12 @@ def _weight_files(folder: Path) -> list[str]:
     files = set()
     for value in mapping.values():
         plain = isinstance(value, str) and PurePosixPath(value).name == value and "\\" not in value
-        if not plain or not value.endswith(".safetensors") or not value.isprintable():
+        if (
+            not plain
+            or not value.endswith(".safetensors")
+            or not value.isprintable()
+            or len(os.fsencode(value)) > MAX_FILE_NAME
+        ):
             raise BadCheckpoint(
                 f"weight_map names {shown(value)}, not a plain *.safetensors file name",
                 where=where,
@@ -261,14 +268,19 @@ def _template(folder: Path) -> str | None:
         return read_text(path, MAX_TEMPLATE, BadTokenizer)
     value = (_json(folder, "tokenizer_config.json") or {}).get("chat_template")
     if isinstance(value, list):
-        named_templates = {
-            item.get("name"): item.get("template") for item in value if isinstance(item, dict)
-        }
-        value = named_templates.get("default")
+        defaults = [i for i in value if isinstance(i, dict) and i.get("name") == "default"]
+        value = defaults[-1].get("template") if defaults else None
+    where = str(folder / "tokenizer_config.json")
     if value is not None and (not isinstance(value, str) or len(value) > MAX_TEMPLATE):
         raise BadTokenizer(
             f"chat_template is {shown(value)}, not text of at most {MAX_TEMPLATE} characters",
-            where=str(folder / "tokenizer_config.json"),
+            where=where,
+        )
+    if value is not None and any("\ud800" <= c <= "\udfff" for c in value):
+        raise BadTokenizer(
+            "chat_template has a lone surrogate, which is no text",
+            where=where,
+            do="take the template from its source again, or write it to chat_template.jinja",
         )
     return value
 

@@ -144,6 +144,7 @@ def test_a_late_answer_is_dropped_with_its_question(robot_loop):
         assert talk.answer("bc") is None
         assert (talk.answers, talk.met, session.tokens) == (1, 0, [99])
         patient = robot_loop.Talk(session, deadline_ms=60_000, max_tokens=8)
+        patient.priority = "SCHED_RR 1"  # as if it had been given: rests between tokens
         assert patient.answer("bc") == "done"
         assert (patient.answers, patient.met) == (1, 1)
         assert len(session.tokens) == len("abcdone")
@@ -224,6 +225,24 @@ def test_lateness_is_counted_in_bins(robot_loop):
     assert lateness.worst_ms == 250.0
     assert sum(lateness.histogram()) == 100
     assert lateness.histogram()[-1] == 1
+
+
+def test_priority_is_asked_for_and_reported(robot_loop, monkeypatch):
+    """A user who may not have it is told so, and the loop runs all the same."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with robot_loop.steady(True) as priority:
+        assert priority == "ordinary (SCHED_FIFO is not permitted)"
+    assert robot_loop.keep_running() == "ordinary"
+
+
+def test_late_ticks_are_compared_with_the_baseline(robot_loop):
+    """A tick over 5 ms counts as the machine's if the baseline was late at it or beside it."""
+    late = {10: 6.0, 20: 7.0, 30: 2.0, 40: 9.0}
+    assert robot_loop.like(late, [(11, 1.2), (30, 8.0), (40, 9.1)]) == 2
 
 
 def ticks_during(work) -> tuple[int, float]:

@@ -13,7 +13,7 @@ VENV := .venv
 .PHONY: help demo test full fuzz clean
 
 help:
-	@echo "make demo    set up, export a real 135M model to a bundle, and let it answer"
+	@echo "make demo    set up, export a real 135M model, let it answer, pause, resume; measure it"
 	@echo "make test    set up, then lint, types and tests"
 	@echo "make full    the same with the long tests and an hour of fuzzing"
 	@echo "make fuzz    the fuzzing alone (EDGERT_FUZZ_SECONDS: 3600 for each parser, side by side)"
@@ -40,6 +40,6 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-export
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' bash scripts/setup dev
 
 clean:
-	rm -rf $(VENV) bundles/smollm2-135m-instruct build dist edgert.egg-info
+	rm -rf $(VENV) bundles/smollm2-135m-instruct bundles/story.session build dist edgert.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find edgert tests -name __pycache__ -type d -prune -exec rm -rf {} +

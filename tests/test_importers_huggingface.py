@@ -362,7 +362,7 @@ def test_generation_settings_are_checked(
 def test_a_template_that_is_not_text(template: Any, folder: Path) -> None:
     """Refused as a part of the tokenizer."""
     edit(folder, "tokenizer_config.json", chat_template=template)
-    with pytest.raises(BadTokenizer, match="not text of at most 1048576 characters"):
+    with pytest.raises(BadTokenizer, match="not text of at most 131072 characters"):
         load_source(folder)
 
 

@@ -171,13 +171,19 @@ def test_demo_exports_once_and_prints_what_it_runs(clone):
     program(clone / ".venv/bin/edgert", 'echo "ran $1"')
     bundle = "bundles/smollm2-135m-instruct"
     export = f"$ .venv/bin/edgert export export/smollm2-135m-instruct.toml -o {bundle}"
-    answer = f'$ .venv/bin/edgert run {bundle} -p "The sun is a star that" -n 48'
+    session = "bundles/story.session"
+    uses = [
+        f'$ .venv/bin/edgert run {bundle} -p "The sun is a star that" -n 20 --save {session}',
+        f"$ .venv/bin/edgert run --session {session} -n 28",
+        f"$ .venv/bin/edgert session verify {session}",
+        f"$ .venv/bin/edgert bench {bundle} -p 128 -n 32 -r 3",
+    ]
     first = run(clone, "demo")
-    assert first.stdout.split("\n") == ["ran export", "ran run", ""]
-    assert first.stderr.splitlines() == [export, answer]
+    assert first.stdout.split() == "ran export ran run ran run ran session ran bench".split()
+    assert first.stderr.splitlines() == [export, *uses]
     (clone / bundle).mkdir(parents=True)
     (clone / bundle / "manifest.json").write_text("{}")
-    assert run(clone, "demo").stderr.splitlines() == [answer]
+    assert run(clone, "demo").stderr.splitlines() == uses
 
 
 def test_recipe_of_the_demo_is_the_shipped_one():

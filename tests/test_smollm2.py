@@ -53,12 +53,11 @@ def continuations(bundle, llama) -> list[tuple[list[int], np.ndarray]]:
     with edgert.load(bundle) as model:
         prompts = [model.encode(prompt) for prompt in PROMPTS]
     for prompt in prompts:
-        ids, cache = torch.tensor([prompt]), None
-        for _ in range(TOKENS):
-            step = llama(
-                ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True
-            )
-            cache = step.past_key_values
+        ids = torch.tensor([prompt])
+        for _ in range(
+            TOKENS
+        ):  # without its cache, whose argument has another name in each version
+            step = llama(ids, use_cache=False)
             ids = torch.cat((ids, step.logits[:, -1:].argmax(-1)), 1)
         logits = llama(ids).logits[0].numpy()
         out.append((ids[0].tolist(), logits))

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write docs/cli.md from the command line's own parser; with --check, only say whether it differs.
 
 python scripts/cli_docs.py            writes the page

@@ -179,7 +179,8 @@ def test_demo_exports_once_and_prints_what_it_runs(clone):
         f"$ .venv/bin/edgert bench {bundle} -p 128 -n 32 -r 3",
     ]
     first = run(clone, "demo")
-    assert first.stdout.split() == "ran export ran run ran run ran session ran bench".split()
+    verbs = ["export", "run", "run", "session", "bench"]
+    assert first.stdout.splitlines() == [f"ran {verb}" for verb in verbs]
     assert first.stderr.splitlines() == [export, *uses]
     (clone / bundle).mkdir(parents=True)
     (clone / bundle / "manifest.json").write_text("{}")

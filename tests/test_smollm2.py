@@ -57,7 +57,7 @@ def continuations(bundle, llama) -> list[tuple[list[int], np.ndarray]]:
         for _ in range(
             TOKENS
         ):  # without its cache, whose argument has another name in each version
-            step = llama(ids, use_cache=False)
+            step = llama(ids, use_cache=False, logits_to_keep=1)
             ids = torch.cat((ids, step.logits[:, -1:].argmax(-1)), 1)
         logits = llama(ids).logits[0].numpy()
         out.append((ids[0].tolist(), logits))

@@ -49,7 +49,9 @@ def place(r: Mapping[str, Any]) -> str:
 
 
 def speed(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if value < 999.95 else f"{value:,.0f}"
 
 
 def milliseconds(value: float) -> str:

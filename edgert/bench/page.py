@@ -31,7 +31,7 @@ h2{font-size:16px;margin:0 0 2px}
 p{margin:0 0 12px;color:var(--soft)}
 section{background:var(--panel);border:1px solid var(--rule);border-radius:10px;
 padding:18px 20px;margin-top:16px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:12px;
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:12px;
 margin-top:20px}
 .tile{background:var(--panel);border:1px solid var(--rule);border-radius:10px;padding:12px 16px}
 .tile b{display:block;font-size:22px;font-weight:600;line-height:1.25;white-space:nowrap}

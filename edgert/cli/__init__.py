@@ -82,8 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return _reader_gone()
-    except SystemExit:  # how click reports a broken pipe
-        return _reader_gone()
+    except SystemExit as end:  # how click reports a broken pipe, and ends shell completion
+        return _reader_gone() if end.code else 0
     except Exception as error:
         if debug:
             raise

@@ -124,7 +124,7 @@ class Lateness:
         for index, count in enumerate(self.bins):
             seen += count
             if seen >= share * self.ticks:
-                return min((index + 1) / 100, self.worst_ms)
+                return round(min((index + 1) / 100, self.worst_ms), 3)  # as the maximum is
         return self.worst_ms
 
     def histogram(self) -> list[int]:

@@ -151,8 +151,9 @@ def test_nothing_is_silently_cut(bundle, capsys) -> None:
     )
 
 
-def test_the_readmes_python_runs(bundle, capsys) -> None:
+def test_the_readmes_python_runs(bundle, capsys, tmp_path, monkeypatch) -> None:
     """The README's Python block, with this bundle in place of the demo's."""
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert "bundles/smollm2-135m-instruct" in block

@@ -104,10 +104,11 @@ def test_what_is_cheap_runs(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Where are you?\n")))
     for argument in typed.arguments:
         if stand_in := files.get(Path(argument).suffix):
+            (tmp_path / argument).parent.mkdir(exist_ok=True)
             shutil.copy(stand_in, tmp_path / argument)
     arguments = [
         str(model_a_bundle if "--ids" in typed.arguments else tiny_bundle)
-        if argument.startswith("bundles/")
+        if argument.startswith("bundles/") and Path(argument).suffix not in files
         else argument
         for argument in typed.arguments
     ]
@@ -146,6 +147,7 @@ def test_variables_that_are_named_exist(page) -> None:
         if isinstance(parameter, click.Option)
     }
     files = [*(ROOT / "edgert").rglob("*.py"), *(ROOT / "tests").glob("*.py")]
+    files += [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
     read = {name for file in files for name in re.findall(r"EDGERT_[A-Z0-9_]+", file.read_text())}
     named = set(re.findall(r"EDGERT_[A-Z0-9_]+", page.read_text(encoding="utf-8")))
     assert named <= options | read

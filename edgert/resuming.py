@@ -12,6 +12,7 @@ from edgert.files import MANIFEST
 from edgert.model import Model, load
 from edgert.session import Session
 from edgert.sessionfile import SavedSession, read_session
+from edgert.spec import VariantSpec
 from edgert.vault import key_from
 
 OWN_CHOICE = ("precision", "lowering")
@@ -52,8 +53,8 @@ def resume(
             f"{refused[0]} cannot be chosen: the session belongs to {saved.bundle.variant}",
             where=str(where),
         )
-    root = find_bundle(where, saved, bundle)
-    loaded = load(root, **_as_it_was(saved, root, options))
+    root, variant = find_bundle(where, saved, bundle)
+    loaded = load(root, **_as_it_was(saved, variant, options))
     try:
         session = Session.restore(loaded, saved, str(where))
     except BaseException:
@@ -65,8 +66,9 @@ def resume(
 
 def find_bundle(
     path: Path, saved: SavedSession, bundle: str | os.PathLike[str] | None = None
-) -> Path:
-    """The directory of a session's bundle: `bundle`, or where the session says it was.
+) -> tuple[Path, VariantSpec]:
+    """The directory of a session's bundle, `bundle` or where the session says it was, and the
+    session's variant in it.
 
     Raises SessionMismatch if it is not there, or another one is; BadBundle if it is broken.
     """
@@ -81,8 +83,9 @@ def find_bundle(
         if bundle is None and not os.path.isfile(root / MANIFEST):  # any hint is just a hint
             continue
         manifest = read_manifest(root)
-        if any(v.variant_id == hint.variant_id for v in manifest.variants.values()):
-            return root
+        for variant in manifest.variants.values():
+            if variant.variant_id == hint.variant_id:
+                return root, variant
         seen.append(f"{root} is {manifest.name} ({manifest.model_id[:12]})")
     own = f"{path} was saved with {hint.name} {hint.variant} ({hint.model_id[:12]})"
     if seen:
@@ -98,12 +101,12 @@ def find_bundle(
     )
 
 
-def _as_it_was(saved: SavedSession, root: Path, options: dict[str, Any]) -> dict[str, Any]:
+def _as_it_was(
+    saved: SavedSession, variant: VariantSpec, options: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of `load`: what the session needs, and, unless given, what it had."""
     from edgert.backends.ort import default_threads
 
-    variants = read_manifest(root).variants.values()
-    variant = next(v for v in variants if v.variant_id == saved.bundle.variant_id)
     had: dict[str, Any] = {"precision": variant.precision, "lowering": variant.lowering}
     threads = saved.place.get("threads", "")
     if threads.isdecimal() and len(threads) < 5 and int(threads) != default_threads():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgert.cli.options import BUNDLE, FILE, as_json, common, option, placement
-from edgert.cli.show import hashing, note, print_json, progress_bar
+from edgert.cli.show import note, print_json, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -58,23 +58,11 @@ def evaluate(bundle: Path, data: Path, as_json: bool, quiet: bool, **given: Any)
     from dataclasses import asdict
     from math import isfinite
 
-    from edgert.bundle import read_manifest
+    from edgert.cli.talk import load_bundle
     from edgert.evaluate import perplexity, read_text
-    from edgert.model import load
 
     text = read_text(data)
-    total = sum(entry.bytes for entry in read_manifest(bundle).files.values())
-    with hashing(total, quiet=quiet) as advance:
-        model = load(
-            bundle,
-            given["device"],
-            precision=given["precision"],
-            lowering=given["lowering"],
-            threads=given["threads"],
-            prepack=not given["low_memory"],
-            progress=advance,
-        )
-    with model:
+    with load_bundle(bundle, given | {"quiet": quiet}) as model:
         with _scoring(quiet) as progress:
             found = perplexity(
                 model,

@@ -101,7 +101,7 @@ def _facts(file: Path, saved: SavedSession) -> dict[str, Any]:
 @common
 def verify(file: Path, bundle: Path | None, as_json: bool, **given: Any) -> None:
     """Prove that a session is whole and can be resumed on its bundle: it is, here and now."""
-    with _resumed(file, bundle, given) as found:
+    with _resumed(file, bundle, key_options(given)) as found:
         name, variant = found.model.manifest.name, found.model.runner.variant_name
         count, notes = len(found.tokens), found.notes
         where = str(found.model.bundle.root)
@@ -133,9 +133,10 @@ output = option(
 @common
 def trim(file: Path, position: int, bundle: Path | None, output: Path, **given: Any) -> None:
     """Cut a session at POSITION, so that it has that many tokens."""
-    with _resumed(file, bundle, given) as found:
+    keys = key_options(given)  # once: it may ask on the terminal
+    with _resumed(file, bundle, keys) as found:
         found.trim(position)
-        _written(found, output, given)
+        _written(found, output, keys)
 
 
 @session.command(epilog="example: edgert session fork story.session -o other.session")
@@ -146,20 +147,21 @@ def trim(file: Path, position: int, bundle: Path | None, output: Path, **given: 
 @common
 def fork(file: Path, bundle: Path | None, output: Path, **given: Any) -> None:
     """Copy a session so that it goes on with random draws of its own."""
-    with _resumed(file, bundle, given) as found:
+    keys = key_options(given)
+    with _resumed(file, bundle, keys) as found:
         with found.fork() as other:
-            _written(other, output, given)
-        found.save(file, **key_options(given))  # it knows now that it was forked once more
+            _written(other, output, keys)
+        found.save(file, **keys)  # it knows now that it was forked once more
 
 
-def _resumed(file: Path, bundle: Path | None, given: dict[str, Any]) -> Session:
+def _resumed(file: Path, bundle: Path | None, keys: dict[str, Any]) -> Session:
     from edgert.cli.talk import resumed
 
     unset = dict.fromkeys(("precision", "lowering", "threads", "low_memory"))
     loading = {"device": "auto", "quiet": True, **unset}
-    return resumed(file, bundle, loading, key_options(given))
+    return resumed(file, bundle, loading, keys)
 
 
-def _written(session: Session, output: Path, given: dict[str, Any]) -> None:
-    nbytes = session.save(output, **key_options(given))
+def _written(session: Session, output: Path, keys: dict[str, Any]) -> None:
+    nbytes = session.save(output, **keys)
     click.echo(f"session   {output}  {size(nbytes)}, {len(session.tokens)} tokens")

@@ -153,23 +153,22 @@ class Execution:
     def restore(
         self,
         states: Mapping[str, NDArray[np.generic]],
-        rows: int,
         pending: tuple[NDArray[np.float32], int] | None,
     ) -> None:
-        """Take over what another execution of the same variant had: its states, `rows` filled, and
-        the results of the newest token (logits [V], argmax) where they were still unread.
+        """Take over what another execution of the same variant had: its states, and the results
+        of the newest token (logits [V], argmax) where they were still unread.
 
         Raises ValueError if they are not for this program.
         """
         vocab = self.runner.manifest.vocab_size
         if pending is not None and (pending[0].shape != (vocab,) or pending[1] >= vocab):
             raise ValueError(f"pending logits of shape {pending[0].shape}, token {pending[1]}")
-        self.states.restore(states, rows)
+        self.states.restore(states)
         self._last = None
         if pending is not None:
             io = self.io()
             io.logits[0, 0], io.token[0, 0] = pending
-            self._last = (io, rows)
+            self._last = (io, int(self.lens[0]))
 
     def io(self, tokens: int = 1, select: int = 1) -> StepIO:
         """The buffers of one step shape; kept for the next step of the same shape."""

@@ -13,6 +13,7 @@ import numpy as np
 from edgert._version import __version__
 from edgert.errors import BadSession, SessionMismatch
 from edgert.sessionfile import BundleHint, SavedSession, checked_data
+from edgert.state import rows_in
 
 if TYPE_CHECKING:
     from edgert.model import Model
@@ -58,7 +59,7 @@ def adopt(session: Session, saved: SavedSession) -> None:
     execution = session.execution
     if execution.states.capacity != saved.capacity:
         raise ValueError(f"it has a capacity of {saved.capacity}")
-    execution.restore(saved.states, rows_of(saved), saved.pending)
+    execution.restore(saved.states, saved.pending)
     session.tokens = [int(token) for token in saved.tokens]
     session.data = copy.deepcopy(saved.data)
     session.request = saved.request
@@ -71,8 +72,11 @@ def check_fits(model: Model, saved: SavedSession, where: str) -> None:
     be this model's; before any memory is allocated for it."""
     if saved.bundle.variant_id != model.runner.variant.variant_id:
         raise _mismatch(model, saved, where)
-    rows, count, vocab = rows_of(saved), saved.tokens.size, model.manifest.vocab_size
-    context = model.manifest.context
+    count, vocab, context = saved.tokens.size, model.manifest.vocab_size, model.manifest.context
+    try:
+        rows = rows_in(model.manifest.states, saved.states)
+    except ValueError as error:
+        raise not_of_this_model(str(error), where) from None
     if count > context:
         wrong = f"{count} tokens are more than the context of {context}"
     elif not 0 <= rows <= min(count, saved.capacity) or saved.capacity > context:
@@ -92,12 +96,6 @@ def not_of_this_model(wrong: str, where: str) -> BadSession:
         where=where,
         do="take an older copy, or start a new session",
     )
-
-
-def rows_of(saved: SavedSession) -> int:
-    """Rows that the saved states hold: what their one counter says, -1 if there is none."""
-    counts = [a for a in saved.states.values() if a.shape == (1,) and a.dtype == np.int64]
-    return int(counts[0][0]) if len(counts) == 1 else -1
 
 
 def _plain(path: str) -> str | None:

@@ -37,6 +37,22 @@ def resolve(shape: tuple[Axis, ...], axes: Mapping[str, int]) -> tuple[int, ...]
     return tuple(axes[axis] if isinstance(axis, str) else axis for axis in shape)
 
 
+def rows_in(specs: Mapping[str, StateSpec], saved: Mapping[str, NDArray[np.generic]]) -> int:
+    """Rows that exported states of one sequence hold, as their counters say.
+
+    Raises ValueError if a counter is missing, is none, or two of them differ.
+    """
+    counts = set()
+    for name in (name for name, spec in specs.items() if spec.kind == "counter"):
+        count = saved.get(name)
+        if count is None or (count.dtype, count.shape) != (np.dtype(np.int64), (1,)):
+            raise ValueError(f"counter {name!r} is not there, or not one int64")
+        counts.add(int(count[0]))
+    if len(counts) != 1:
+        raise ValueError(f"its counters say {sorted(counts)}")
+    return counts.pop()
+
+
 class States:
     """Every state of one session as a buffer. `counters` are the rows filled so far, [batch]."""
 
@@ -118,13 +134,13 @@ class States:
         rows = int(next(iter(self.counters.values()))[0])
         return {name: self.buffers[name].read(at) for name, at in self.filled(rows).items()}
 
-    def restore(self, saved: Mapping[str, NDArray[np.generic]], rows: int) -> None:
+    def restore(self, saved: Mapping[str, NDArray[np.generic]]) -> None:
         """Take over what `export` gave. Raises ValueError, with nothing changed, if it is not for
         these states: a name, dtype or shape that differs, or another number of rows."""
-        parts = self.filled(rows)
-        if saved.keys() != parts.keys():
-            odd = sorted(saved.keys() ^ parts.keys())
+        if saved.keys() != self.specs.keys():
+            odd = sorted(saved.keys() ^ self.specs.keys())
             raise ValueError(f"state {odd[0]!r} is on one side only")
+        parts = self.filled(rows_in(self.specs, saved))
         for name, at in parts.items():
             shape = tuple(
                 size if part.stop is None else min(size, part.stop)
@@ -135,9 +151,6 @@ class States:
             want, got = (self.buffers[name].dtype, shape), (saved[name].dtype, saved[name].shape)
             if want != got:
                 raise ValueError(f"state {name!r} is {got[0]}{got[1]}, not {want[0]}{want[1]}")
-        for name in self.counters:
-            if int(saved[name][0]) != rows:
-                raise ValueError(f"counter {name!r} is not {rows}")
         for name, at in parts.items():
             self.buffers[name].write(saved[name], at)
 

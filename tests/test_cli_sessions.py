@@ -131,7 +131,8 @@ def test_info_says_what_it_holds(run, story) -> None:
     for word in ("tokens", "fp32-ort", "threads", "greedy", "written"):
         assert word in got.out
     facts = json.loads(run("session", "info", story, "--json").out)
-    assert facts["n_session"] == facts["n_state"] + 1
+    assert facts["n_session"] > 20
+    assert facts["pending"] is False
     assert facts["request"]["n_gen"] == 20
     assert facts["request"]["finish_reason"] == "length"
 

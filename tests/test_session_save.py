@@ -429,7 +429,9 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a negative counter": (lambda s: _state(s, lens=np.array([-1])), "it has -1 rows"),
     "a counter of 2^62": (lambda s: _state(s, lens=np.array([2**62])), f"it has {2**62} rows"),
     "a counter that says less": (lambda s: _state(s, lens=np.array([4])), "state 'kept' is int64"),
-    "two counters": (lambda s: _state(s, other=np.array([6])), "it has -1 rows"),
+    "a state too many": (lambda s: _state(s, other=np.array([6])), "state 'other' is on one side"),
+    "a counter that is no number": (lambda s: _state(s, lens=np.array([6.0])), "counter 'lens' is"),
+    "a counter of two rows": (lambda s: _state(s, lens=np.array([6, 6])), "counter 'lens' is not"),
     "a state of another dtype": (
         lambda s: _state(s, kept=s.states["kept"].astype(np.float32)),
         "state 'kept' is float32(1, 6), not int64(1, 6)",

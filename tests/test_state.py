@@ -11,7 +11,7 @@ from edgert.backends.base import HostBuffer
 from edgert.backends.fake import FakeBackend
 from edgert.errors import BadBundle, CapacityExceeded, EdgertError, OutOfMemory
 from edgert.spec import StateSpec
-from edgert.state import States, bucket, resolve
+from edgert.state import States, bucket, resolve, rows_in
 
 SPECS = {
     "lens": StateSpec("counter", "int64", ("batch",)),
@@ -164,6 +164,28 @@ def test_reset_brings_back_the_initial_values(root):
     made.reset()
     assert made.counters["lens"].tolist() == [0, 0]
     assert np.array_equal(made.buffers["carry"].host, np.stack([CARRY, CARRY]))
+
+
+def test_what_was_exported_is_taken_up_whatever_looks_like_a_counter(root):
+    specs = SPECS | {"steps": StateSpec("carry", "int64", ("batch",))}
+    old, new = (States(specs, FakeBackend({}), batch=1, capacity=8, root=root) for _ in range(2))
+    old.counters["lens"][0] = 3
+    old.buffers["steps"].host[:] = 7
+    old.buffers["k"].host[:] = np.arange(48, dtype=np.float32).reshape(1, 2, 8, 3)
+    saved = old.export()
+    assert saved["k"].shape == (1, 2, 3, 3)
+    new.restore(saved)
+    assert int(new.counters["lens"][0]) == 3
+    for name, array in new.export().items():
+        np.testing.assert_array_equal(array, saved[name])
+
+
+@pytest.mark.parametrize(
+    "count", [None, np.array([1, 2]), np.array([1], np.int32), np.array(1), np.array([1.0])]
+)
+def test_rows_are_what_the_counter_says_or_nothing(count):
+    with pytest.raises(ValueError, match="lens"):
+        rows_in(SPECS, {} if count is None else {"lens": count})
 
 
 @pytest.mark.parametrize("shape", [(1 << 30, 1 << 30, 4), (1 << 40, 1 << 40)])

@@ -42,8 +42,7 @@ def info(file: Path, as_json: bool, **given: Any) -> None:
     request = facts["request"]
     settings = "none yet" if request is None else _settings(request)
     lines = {
-        "session": f"{file}  {size(facts['bytes'])}, {facts['n_session']} tokens, "
-        f"{facts['n_state']} of them in the state",
+        "session": f"{file}  {size(facts['bytes'])}, {facts['n_session']} tokens",
         "bundle": f"{saved.bundle.name} {saved.bundle.variant} ({saved.bundle.variant_id[:12]})",
         "last at": saved.bundle.path or "not recorded",
         "written": f"{saved.created} by {saved.written_by}",
@@ -66,8 +65,6 @@ def _settings(request: dict[str, Any]) -> str:
 def _facts(file: Path, saved: SavedSession) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from edgert.snapshot import rows_of
-
     request = saved.request
     return {
         "file": str(file),
@@ -77,7 +74,6 @@ def _facts(file: Path, saved: SavedSession) -> dict[str, Any]:
         "written_by": saved.written_by,
         "created": saved.created,
         "n_session": int(saved.tokens.size),
-        "n_state": rows_of(saved),
         "capacity": saved.capacity,
         "state_bytes": sum(array.nbytes for array in saved.states.values()),
         "pending": saved.pending is not None,

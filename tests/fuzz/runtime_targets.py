@@ -1,0 +1,264 @@
+"""Targets of the runtime: what a device reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from mutations import bytes_like, change_bytes, json_like, scalars, values_like
+from target import Target, through_file
+
+
+def manifest(folder: Path) -> Target:
+    """manifest.json, its wiring and its identities."""
+    from bundles import tiny_bundle
+
+    from edgert.bundle import check_wiring, seal
+    from edgert.manifest import manifest_from_bytes
+    from edgert.sampler import SamplingParams
+
+    seed = (tiny_bundle(folder) / "manifest.json").read_bytes()
+
+    def read(data: bytes) -> None:
+        found = manifest_from_bytes(data, "manifest.json")
+        check_wiring(found)
+        seal(found)
+        SamplingParams.from_mapping(found.sampling)
+
+    return Target([seed], json_like([json.loads(seed)]), read)
+
+
+def onnx(folder: Path) -> Target:
+    """The bounded walk through a graph file."""
+    from bundles import tiny_model
+    from small_onnx import small_model
+
+    from edgert.onnxfile import read_onnx_facts
+
+    seeds = [model.SerializeToString() for model in (small_model(), tiny_model())]
+    return Target(seeds, bytes_like(seeds), through_file(folder / "graph.onnx", read_onnx_facts))
+
+
+def tokenizer(folder: Path) -> Target:
+    """tokenizer.json at run time: loaded, asked about itself, used in both directions."""
+    from tiny_decoder import tokenizer_json
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers
+
+    from edgert.tokenizer import HFTokenizer
+
+    library = Library(models.Unigram([("<unk>", 0.0), ("\u2581a", -1.0), ("b", -2.0)], 0, False))
+    library.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    library.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    library.add_special_tokens(["<unk>"])
+    small = json.loads(tokenizer_json())
+    # 256 letters are more than a change needs to find its way
+    vocab = small["model"]["vocab"]
+    small["model"]["vocab"] = {k: v for k, v in vocab.items() if v < 12 or k in "thesar\u0120enth"}
+    small["model"]["merges"] = []
+    seeds = [small, json.loads(library.to_str())]
+
+    def read(data: bytes) -> None:
+        tokenizer = HFTokenizer(data)
+        assert tokenizer.vocab_size >= 0
+        assert all(isinstance(text, str) for text in tokenizer.specials)
+        for special in (True, False):
+            ids = tokenizer.encode("a the <unk> b\u00e9", special=special)
+            tokenizer.decode(ids)
+            stream = tokenizer.detokenizer()
+            for token in [*ids[:8], 0, 3, 2**31]:
+                stream.push(token)
+            stream.flush()
+            for token in ids[:8]:
+                tokenizer.token_bytes(token)
+
+    return Target([json.dumps(seed).encode() for seed in seeds], json_like(seeds), read)
+
+
+PIECES = (
+    """
+{{ messages }}|{{ messages[0].content }}|{{ messages|length }}|{{ x }}|{{ bos_token * 3 }}|a
+{% for m in messages %}|{% endfor %}|{% for i in range(9) %}|{% if add_generation_prompt %}
+{% endif %}|{% else %}|{% set ns = namespace(a=[]) %}|{% set ns.a = [ns.a, ns.a] %}
+{% set ns.a = ns.a + [1] %}|{% set ns.a = ns.a * 1000 %}|{{ ns.a == ns.a }}|{{ ns.a in [ns.a] }}
+{{ ns.a|tojson }}|{{ ns.a|string|length }}|{{ ns.a|sort|unique|list|length }}|{% break %}
+{{ messages|map(attribute='role')|join(', ') }}|{{ messages|selectattr('role')|list }}
+{{ 'a' * 10 ** 9 }}|{{ 2 ** 2 ** 9 }}|{{ '%s' % x }}|{{ ''.__class__.__mro__ }}|{{ x.y.z }}
+{{ 'a'.replace('a', 'b' * 100) }}|{{ 'a'.format(1) }}|{{ range(10 ** 6)|list|length }}
+{% macro f(a) %}|{% endmacro %}|{{ f(1) }}|{{ raise_exception('no') }}|{{ strftime_now('%Y') }}
+{% include 'a' %}|{% set t = (1, 2) %}|{% set t = (t, t) %}|{{ {t: 1}[t] }}|{{ dict(a=t).items() }}
+{% generation %}|{% endgeneration %}|{{ loop.index }}|{{ cycler(1, 2).next() }}|{{ 1 // 0 }}
+{{ messages|dictsort }}|{{ 'x'|indent(9, true) }}|{{ messages[0]|items|list }}|{# c #}|{{ 'a' ~ x }}
+{{ messages[::-1] }}|{% set messages = messages + messages %}|{{ eos_token|upper|trim|title }}
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+
+
+def chat(folder: Path) -> Target:
+    """Chat templates: pieces of templates in any order, and changed text of sound ones."""
+    from tiny_decoder import TEMPLATE
+
+    from edgert.chat import render_chat, sandbox
+
+    # The sandbox's own deadline: well before the one of these tests, and by the same clock.
+    sandbox.MAX_SECONDS = 0.5
+    sandbox.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+    seeds = [
+        TEMPLATE,
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] | trim }}{% endfor %}",
+    ]
+
+    def changed(draw: Any, seed: str) -> str:
+        return change_bytes(draw, seed.encode()).decode("utf-8", "replace")
+
+    examples = st.one_of(
+        st.lists(st.sampled_from(PIECES), max_size=16).map("".join),
+        st.composite(lambda draw: changed(draw, draw(st.sampled_from(seeds))))(),
+        st.composite(
+            lambda draw: changed(draw, "".join(draw(st.lists(st.sampled_from(PIECES), max_size=6))))
+        )(),
+        st.text(max_size=40),
+    )
+    return Target(seeds, examples, lambda text: render_chat(text, messages, bos_token="<s>"))
+
+
+def sampling(folder: Path) -> Target:
+    """Sampling settings from a bundle and from the user."""
+    from edgert.sampler import SamplingParams
+
+    full = {
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "repetition_window": 4,
+        "logit_bias": {"5": -1.0},
+        "logprobs": 2,
+        "seed": 1,
+        "stream": 0,
+        "stop": ["a"],
+        "stop_tokens": [3],
+        "ignore_eos": True,
+        "deadline_ms": 1e3,
+    }
+    leaves = st.one_of(scalars(), st.integers())
+    pair = st.tuples(values_like([full, {}], leaves), values_like([full, {}], leaves))
+    examples = pair.filter(lambda two: all(isinstance(side, dict) for side in two))
+    return Target([(full, full), ({}, {})], examples, lambda two: SamplingParams.from_mapping(*two))
+
+
+def session(folder: Path) -> Target:
+    """Session files: changed as they are, and changed with a seal that fits."""
+    from edgert.sessionfile import read_session
+
+    seed, contents, size = _sessions(folder)
+    examples = st.one_of(
+        bytes_like([seed], hot=size),
+        contents,
+        st.binary(max_size=64).map(lambda tail: _sealed(b"edgert-locked-1\n" + tail)),
+    )
+    return Target([seed], examples, through_file(folder / "a.session", read_session))
+
+
+def locked(folder: Path) -> Target:
+    """Encrypted session files, read with their key: changed outside, and changed inside."""
+    from edgert.sessionfile import read_session
+    from edgert.vault import Key, lock
+
+    key = Key(bytes(range(32)), 1)
+    seed, contents, _ = _sessions(folder)
+    closed = lock(seed, key)
+    examples = st.one_of(
+        bytes_like([closed], hot=61),
+        bytes_like([closed[:-32]], hot=61).map(_sealed),
+        contents.map(lambda content: lock(content, key)),
+        st.binary(max_size=300).map(lambda content: lock(content, key)),
+    )
+    read = through_file(folder / "a.session", lambda path: read_session(path, key))
+    return Target([closed], examples, read)
+
+
+def _sealed(data: bytes) -> bytes:
+    return data + hashlib.sha256(data).digest()
+
+
+def _sessions(folder: Path) -> tuple[bytes, st.SearchStrategy[bytes], int]:
+    """A sound session file, changed ones whose seal fits, and the bytes of its header."""
+    from edgert.sampler import SamplingParams
+    from edgert.sessionfile import BundleHint, Request, SavedSession, write_session
+
+    saved = SavedSession(
+        bundle=BundleHint("tiny", "ab" * 32, "fp32-ort", "cd" * 32, "/b/tiny", "../tiny"),
+        tokens=np.array([1, 2, 3], np.int64),
+        states={
+            "k.0": np.ones((1, 1, 3, 2), np.float32),
+            "flag": np.array([True]),
+            "lens": np.array([3], np.int64),
+        },
+        capacity=8,
+        pending=(np.array([0.5, 0.25], np.float32), 0),
+        request=Request(SamplingParams(seed=3, logit_bias={1: 0.5}), 1, 5, "length"),
+        stream=1,
+        place={"backend": "onnxruntime"},
+        data={"room": [1, "a"]},
+        written_by="edgert",
+        created="2026-01-01T00:00:00Z",
+    )
+    path = folder / "seed.session"
+    write_session(path, saved)
+    seed = path.read_bytes()
+    size = 8 + int.from_bytes(seed[:8], "little")
+    table = json.loads(seed[8:size])
+    inner = json.loads(table["__metadata__"]["session"])
+
+    def spelled(header: Any) -> bytes:
+        """The file with this header, in the writer's spelling."""
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return _sealed(len(text).to_bytes(8, "little") + text + seed[size:-32])
+
+    def with_inner(value: Any) -> bytes:
+        text = json.dumps(value, separators=(",", ":"))
+        return spelled(table | {"__metadata__": table["__metadata__"] | {"session": text}})
+
+    assert with_inner(inner) == seed
+    contents = st.one_of(
+        bytes_like([seed[:-32]], hot=size).map(_sealed),
+        values_like([table], scalars()).map(spelled),
+        values_like([inner], scalars()).map(with_inner),
+        values_like([inner], scalars()).map(with_inner),
+    )
+    return seed, contents, size
+
+
+def parity(folder: Path) -> Target:
+    """The gate's verdict, as `inspect` reads it from a bundle that may come from anywhere."""
+    from edgert.cli.use import _parity
+
+    check = {"variant": "fp32-ort", "name": "prefill", "logits_max_abs": 1e-5}
+    seed = {"verdict": "pass", "truth": "eager torch", "checks": [check, check]}
+
+    def read(data: bytes) -> None:
+        through_file(folder / "parity.json", lambda path: _parity(path.parent))(data)
+
+    return Target([json.dumps(seed).encode()], json_like([seed]), read)

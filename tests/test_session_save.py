@@ -430,7 +430,10 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a counter of 2^62": (lambda s: _state(s, lens=np.array([2**62])), f"it has {2**62} rows"),
     "a counter that says less": (lambda s: _state(s, lens=np.array([4])), "state 'kept' is int64"),
     "a state too many": (lambda s: _state(s, other=np.array([6])), "state 'other' is on one side"),
-    "a counter that is no number": (lambda s: _state(s, lens=np.array([6.0])), "counter 'lens' is"),
+    "a counter of another dtype": (
+        lambda s: _state(s, lens=np.array([6], np.int32)),
+        "counter 'lens' is",
+    ),
     "a counter of two rows": (lambda s: _state(s, lens=np.array([6, 6])), "counter 'lens' is not"),
     "a state of another dtype": (
         lambda s: _state(s, kept=s.states["kept"].astype(np.float32)),
@@ -452,7 +455,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda s: replace(s, states={"lens": s.states["lens"]}),
         "state 'kept' is on one side only",
     ),
-    "no state": (lambda s: replace(s, states={}), "it has -1 rows"),
+    "no state": (lambda s: replace(s, states={}), "counter 'lens' is not there"),
     "logits of a token that is not the newest": (
         lambda s: replace(s, pending=(np.zeros(VOCAB, np.float32), 1)),
         "results of a token that is not its newest",

@@ -42,7 +42,7 @@ _exported: list[Path] = []
 def exported(folders: pytest.TempPathFactory) -> Path:
     """The bundle, exported once for all test modules."""
     if given := os.environ.get("EDGERT_TEST_SMOLLM2"):
-        return Path(given)
+        return Path(given).resolve()
     if not _exported:
         from edgert.export.pipeline import export_source
 

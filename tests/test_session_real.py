@@ -72,8 +72,12 @@ def bits(session: Session) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_an_answer_paused_at_each_of_its_64_positions_goes_on_bitwise(model, tmp_path, name):
-    """64 files of one answer; each is resumed, and says the next 8 tokens; every 8th, all the rest.
+@pytest.mark.parametrize("to_the_end", [8, pytest.param(1, marks=pytest.mark.full)])
+def test_an_answer_paused_at_each_of_its_64_positions_goes_on_bitwise(
+    model, tmp_path, name, to_the_end
+):
+    """64 files of one answer; each is resumed, and says the next 8 tokens; every 8th, all the rest;
+    with the long tests, all of them all the rest.
 
     Tokens, log-probabilities, alternatives and text, and every state, are compared bit for bit: at
     each of the 64 the state taken up is that of the uninterrupted answer at the same position.
@@ -92,7 +96,7 @@ def test_an_answer_paused_at_each_of_its_64_positions_goes_on_bitwise(model, tmp
         with edgert.resume(tmp_path / "s", model) as resumed:
             assert resumed.notes == ()
             assert bits(resumed) == states[position - 1], position
-            until = LENGTH if position % 8 == 0 else min(LENGTH, position + 8)
+            until = LENGTH if position % to_the_end == 0 else min(LENGTH, position + 8)
             more = resumed.stream()
             rest = [next(more) for _ in range(until - position)]
             assert said(got + rest) == said(want[:until]), position

@@ -54,11 +54,10 @@ def continuations(bundle, llama) -> list[tuple[list[int], np.ndarray]]:
         prompts = [model.encode(prompt) for prompt in PROMPTS]
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        for _ in range(
-            TOKENS
-        ):  # without its cache, whose argument has another name in each version
-            step = llama(ids, use_cache=False, logits_to_keep=1)
-            ids = torch.cat((ids, step.logits[:, -1:].argmax(-1)), 1)
+        ids = llama.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS
+        )
+        assert ids.shape[1] == len(prompt) + TOKENS
         logits = llama(ids).logits[0].numpy()
         out.append((ids[0].tolist(), logits))
     return out

@@ -153,6 +153,8 @@ def _manifest(
     if source.tokenizer_json is not None:
         (work / "tokenizer.json").write_text(source.tokenizer_json, encoding="utf-8")
         tokenizer = TokenizerSpec("file", "tokenizer.json")
+    elif source.byte_offset is not None:
+        tokenizer = TokenizerSpec("bytes", offset=source.byte_offset)
     if source.chat_template is not None:
         (work / "chat_template.jinja").write_text(source.chat_template, encoding="utf-8")
     return Manifest(

@@ -1,11 +1,9 @@
 """Dense decoder: token embedding, pre-norm blocks, tied or untied head.
 
-One module serves HAGI Model A and Llama-shaped models (SmolLM2 among them): RMSNorm, grouped-query
-attention with interleaved rotary embedding, SwiGLU, no biases in the blocks.
+Llama-shaped models (SmolLM2 among them): RMSNorm, grouped-query attention with interleaved rotary
+embedding, SwiGLU, no biases.
 
-Sources  ShmidtS/HAGI @ 38d26f2, prototype/model (Model A: one pass of the reasoning blocks, and a
-         learned vector `bias`, its `iter_embed[0]`, added after them)
-         Llama (arXiv 2302.13971), GQA (arXiv 2305.13245)
+Sources  Llama (arXiv 2302.13971), GQA (arXiv 2305.13245)
 Shapes   B batch, T tokens, S selected positions, V vocabulary, H hidden, F intermediate
 State    k.<block>, v.<block> [B, KV heads, capacity, head size], keys after rotation
 Weights  linear maps are kept [in, out] and fused (q|k|v, gate|up), so that every lowering reads one
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgert.models.block import Block, stack
 from edgert.models.layers import Eager, Heads, Ort, Portable, Stateful, Step, rope_tables
 from edgert.models.program import Program, Reference, TracedGraph
 from edgert.spec import DECODER_INPUTS, Lowering, ProgramSpec, StateSpec, decoder_results
@@ -38,35 +37,10 @@ class DecoderConfig:
     norm_eps: float
     context: int  # positions the rotary tables cover
     tied_head: bool
-    bias_after: int | None = None  # add `bias` after this many blocks
 
     @property
     def heads(self) -> Heads:
         return Heads(self.num_heads, self.num_kv_heads, self.head_size)
-
-
-class Block(nn.Module):
-    def __init__(self, c: DecoderConfig) -> None:
-        super().__init__()
-        self.eps = c.norm_eps
-        self.attn_norm = nn.Parameter(torch.ones(c.hidden_size))
-        self.wqkv = nn.Parameter(torch.empty(c.hidden_size, c.heads.packed))
-        self.wo = nn.Parameter(torch.empty(c.num_heads * c.head_size, c.hidden_size))
-        self.mlp_norm = nn.Parameter(torch.ones(c.hidden_size))
-        self.w_gate_up = nn.Parameter(torch.empty(c.hidden_size, 2 * c.intermediate_size))
-        self.w_down = nn.Parameter(torch.empty(c.intermediate_size, c.hidden_size))
-
-    def forward(
-        self, step: Step, slot: int, x: Tensor, delta: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Residual stream x [B, T, H] and what is still to be added to it -> the same."""
-        if delta is None:
-            h = step.norm(x, self.attn_norm, self.eps)
-        else:
-            x, h = step.add_norm(x, delta, self.attn_norm, self.eps)
-        attended = step.attend(slot, h @ self.wqkv) @ self.wo
-        x, h = step.add_norm(x, attended, self.mlp_norm, self.eps)
-        return x, step.swiglu(h @ self.w_gate_up) @ self.w_down
 
 
 class Decoder(nn.Module):
@@ -77,8 +51,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = c = config
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.hidden_size))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        self.bias = None if c.bias_after is None else nn.Parameter(torch.zeros(c.hidden_size))
+        self.blocks = nn.ModuleList(
+            Block(c.hidden_size, c.heads, c.intermediate_size, c.norm_eps)
+            for _ in range(c.num_layers)
+        )
         self.final_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.head = None if c.tied_head else nn.Parameter(torch.empty_like(self.embed))
         cos, sin = rope_tables(c.rope_theta, c.head_size, c.context)
@@ -87,15 +63,7 @@ class Decoder(nn.Module):
 
     def hidden(self, step: Step, ids: Tensor) -> Tensor:
         """ids int64 [B, T] -> the residual stream after all blocks [B, T, H]."""
-        x: Tensor = F.embedding(ids, self.embed)
-        delta: Tensor | None = None  # what the last block left to be added
-        if self.bias is not None and self.config.bias_after == 0:
-            x = x + self.bias
-        for slot, block in enumerate(self.blocks):
-            x, delta = block(step, slot, x, delta)
-            if self.bias is not None and slot + 1 == self.config.bias_after:
-                delta = delta + self.bias
-        return x if delta is None else x + delta
+        return stack(step, self.blocks, 0, F.embedding(ids, self.embed))
 
     def logits(self, step: Step, x: Tensor) -> Tensor:
         """Residual stream [B, S, H] -> logits [B, S, V]."""
@@ -194,38 +162,3 @@ def reference(model: Decoder, ids: Tensor) -> Reference:
         for part, kept in (("k", step.k), ("v", step.v))
     }
     return Reference(states, logits)
-
-
-def fused_block(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    attn_norm: Tensor,
-    mlp_norm: Tensor,
-) -> dict[str, Tensor]:
-    """Published per-projection weights, each [out, in], -> the tensors of one `Block`.
-
-    q and k must be in interleaved rotary order (`interleave` converts from half-split order).
-    """
-    return {
-        "attn_norm": attn_norm,
-        "wqkv": torch.cat((q, k, v)).T.contiguous(),
-        "wo": o.T.contiguous(),
-        "mlp_norm": mlp_norm,
-        "w_gate_up": torch.cat((gate, up)).T.contiguous(),
-        "w_down": down.T.contiguous(),
-    }
-
-
-def interleave(weight: Tensor, head_size: int) -> Tensor:
-    """Rows of a Q or K projection [heads * d, H]: half-split rotary order -> interleaved order.
-
-    Half-split rotation pairs row j with row j + d/2 of a head; interleaved pairs 2j with 2j + 1.
-    """
-    halves = weight.unflatten(0, (-1, 2, head_size // 2))
-    return halves.transpose(1, 2).reshape(weight.shape)

@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgert.models.decoder import Decoder, DecoderConfig, fused_block, interleave
+from edgert.models.block import interleave, parts
+from edgert.models.decoder import Decoder, DecoderConfig
 from edgert.models.importers.common import Problems, Progress, named
 
 PARTS = ("attn_norm", "q", "k", "v", "o", "mlp_norm", "gate", "up", "down")
-"""The tensors of a block, by the argument names of `fused_block`."""
+"""The tensors of a block, by the names of `edgert.models.block.parts`."""
 
 _EXTRA = "do not belong to this architecture"
 
@@ -39,7 +40,6 @@ class Names:
     final_norm: str
     head: str
     blocks: tuple[dict[str, str], ...]  # PARTS -> name, one mapping per block
-    bias: str | None = None  # [1, H]
     half_split: bool = False  # rotary order of q and k
 
 
@@ -64,8 +64,6 @@ def expected_shapes(c: DecoderConfig, names: Names) -> dict[str, tuple[int, ...]
         "down": (h, f),
     }
     shapes: dict[str, tuple[int, ...]] = {names.embed: (c.vocab_size, h), names.final_norm: (h,)}
-    if names.bias is not None:
-        shapes[names.bias] = (1, h)
     if not c.tied_head:
         shapes[names.head] = (c.vocab_size, h)
     for block_names in names.blocks:
@@ -74,20 +72,26 @@ def expected_shapes(c: DecoderConfig, names: Names) -> dict[str, tuple[int, ...]
 
 
 def compare_shapes(
-    c: DecoderConfig, names: Names, found: Mapping[str, tuple[int, ...]], problems: Problems
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    embed: str,
+    head: str,
+    problems: Problems,
 ) -> None:
-    """Add every missing, unexpected and wrongly shaped tensor to `problems`."""
-    wanted = expected_shapes(c, names)
+    """Add every missing, unexpected and wrongly shaped tensor to `problems`.
+
+    A `head` that is not wanted is tied: it may be there, like the embedding.
+    """
     for name, shape in wanted.items():
         if name not in found:
             problems.add(f"{name} {list(shape)} is missing")
         elif tuple(found[name]) != shape:
             problems.add(f"{name} is {list(found[name])}, the config wants {list(shape)}")
-    extra = sorted(set(found) - set(wanted) - {names.head})
+    extra = sorted(set(found) - set(wanted) - {head})
     if extra:
         problems.add(f"{len(extra)} unexpected, they {_EXTRA}: {named(extra)}")
-    if c.tied_head and names.head in found and tuple(found[names.head]) != wanted[names.embed]:
-        problems.add(f"tied head: {names.head} is {list(found[names.head])}, the embedding is not")
+    if head not in wanted and head in found and tuple(found[head]) != wanted[embed]:
+        problems.add(f"tied head: {head} is {list(found[head])}, the embedding is not")
 
 
 def build(
@@ -108,18 +112,16 @@ def build(
     model = Decoder(c).eval().requires_grad_(False)
     model.embed.copy_(read(names.embed))
     model.final_norm.copy_(read(names.final_norm))
-    if model.bias is not None and names.bias is not None:
-        model.bias.copy_(read(names.bias)[0])
     if model.head is not None:
         model.head.copy_(read(names.head))
     elif names.head in weights.shapes() and not torch.equal(read(names.head), model.embed):
         problems.add(f"tied head: {names.head} differs from {names.embed}")
     for i, (block, block_names) in enumerate(zip(model.blocks, names.blocks, strict=True)):
-        parts = {part: read(name) for part, name in block_names.items()}
-        if names.half_split:
-            parts |= {part: interleave(parts[part], c.head_size) for part in ("q", "k")}
-        for name, value in fused_block(**parts).items():
-            block.get_parameter(name).copy_(value)
+        for part, view in parts(block).items():
+            value = read(block_names[part])
+            if names.half_split and part in ("q", "k"):
+                value = interleave(value, c.head_size)
+            view.copy_(value)
         if progress is not None:
             progress(i + 1, c.num_layers)
     return model

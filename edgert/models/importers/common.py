@@ -15,6 +15,7 @@ from typing import Any
 
 from edgert.errors import BadCheckpoint, UnsupportedModel, UsageError
 from edgert.models.decoder import Decoder
+from edgert.models.hagi.model import HAGI
 
 Progress = Callable[[int, int], None]
 """Called with (blocks read, blocks in all) after each block."""
@@ -47,13 +48,14 @@ class Imported:
     model          in eval mode, float32, without gradients
     name           a short slug, fit for a folder name
     tokenizer_json content of a Hugging Face `tokenizer.json`, or None if the source has none
+    byte_offset    without tokenizer_json: text is bytes, each id a byte + this number
     bos            the id the source declares; whether text starts with it is the tokenizer's affair
     sampling       temperature, top_k, top_p, repetition_penalty: those the source publishes
     provenance     JSON-serialisable, file names without folders
     notes          what the user should know but need not act upon
     """
 
-    model: Decoder
+    model: Decoder | HAGI
     name: str
     tokenizer_json: str | None
     chat_template: str | None
@@ -62,6 +64,7 @@ class Imported:
     sampling: dict[str, Any]
     provenance: dict[str, Any]
     notes: tuple[str, ...]
+    byte_offset: int | None = None
 
 
 class Problems:

@@ -20,7 +20,13 @@ from torch import Tensor
 from edgert.errors import BadCheckpoint, MissingDependency, UnsupportedModel
 from edgert.models.decoder import DecoderConfig
 from edgert.models.importers import gguf_tokenizer
-from edgert.models.importers.assemble import Names, build, compare_shapes, numbered
+from edgert.models.importers.assemble import (
+    Names,
+    build,
+    compare_shapes,
+    expected_shapes,
+    numbered,
+)
 from edgert.models.importers.assets import sampling_defaults
 from edgert.models.importers.common import (
     EPS,
@@ -129,7 +135,9 @@ def _import(file: GGUFFile, context: int | None, progress: Progress | None) -> I
     )
     _refuse_tensors(file)
     weights = _Dequantized(file)
-    compare_shapes(config, names, weights.shapes(), problems)
+    compare_shapes(
+        expected_shapes(config, names), weights.shapes(), names.embed, names.head, problems
+    )
     problems.check("the tensors do not fit the metadata")
     tokens = gguf_tokenizer.read(file.keys, config.vocab_size, where)
     sampling = _sampling(file.keys, problems)

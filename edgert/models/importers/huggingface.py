@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from edgert.errors import BadCheckpoint, BadTokenizer, MissingDependency
-from edgert.models.importers.assemble import Names, build, compare_shapes, numbered
+from edgert.models.importers.assemble import (
+    Names,
+    build,
+    compare_shapes,
+    expected_shapes,
+    numbered,
+)
 from edgert.models.importers.assets import (
     Assets,
     checked_ids,
@@ -84,7 +90,9 @@ def load(folder: Path, *, context: int | None, progress: Progress | None) -> Imp
     problems = Problems(str(folder))
     with ExitStack() as stack:
         weights = _Shards(folder, files, problems, stack)
-        compare_shapes(config, names, weights.shapes(), problems)
+        compare_shapes(
+            expected_shapes(config, names), weights.shapes(), names.embed, names.head, problems
+        )
         problems.check("the weights do not fit config.json")
         assets, sampling = _assets(folder, raw, config.vocab_size)
         model = build(config, names, weights, problems, progress)

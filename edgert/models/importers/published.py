@@ -6,12 +6,12 @@ Sources  ShmidtS/HAGI @ 38d26f2, prototype/model (architecture); later commits o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from edgert.errors import BadCheckpoint, UnsupportedModel
-from edgert.models.decoder import DecoderConfig
-from edgert.models.importers.assemble import Names, build, compare_shapes, numbered
+from edgert.models.clifford import BLADES
+from edgert.models.hagi.config import Grades, HAGIConfig
+from edgert.models.hagi.model import HAGI
+from edgert.models.importers.assemble import compare_shapes
 from edgert.models.importers.common import (
     EPS,
     INTERLEAVED,
@@ -46,54 +48,12 @@ MAX_LOOPS = 1 << 10
 
 _PREFIXES = ("_orig_mod.", "module.")  # torch.compile and data-parallel wrappers
 _REDESIGN = re.compile(r"gdr\.grade_(trunk|head)\.|.*_mom_logit$")
-_PARTS = {
-    "attn_norm": "attn_norm.weight",
-    "q": "attn.q_proj.weight",
-    "k": "attn.k_proj.weight",
-    "v": "attn.v_proj.weight",
-    "o": "attn.o_proj.weight",
-    "mlp_norm": "mlp_norm.weight",
-    "gate": "mlp.gate.weight",
-    "up": "mlp.up.weight",
-    "down": "mlp.down.weight",
-}
-_TRAINING_ONLY = {"gradient_checkpointing", "ce_chunk_size"}
-_GRADES = {
-    "scalar",
-    "vector",
-    "bivector",
-    "trivector",
-    "residual",
-    "scalar_momentum",
-    "vector_momentum",
-    "geo_interaction",
-    "gated",
-}
-
-
-@dataclass(frozen=True)
-class HAGIConfig:
-    """The fields of a published config that decide the forward pass."""
-
-    perception: int
-    reasoning: int
-    expression: int
-    iterations: int  # N: runs of the reasoning blocks
-    use_gdr: bool
-    decoder: DecoderConfig  # one pass: N = 1
-
-    def prefixes(self) -> list[str]:
-        """Of the block weights, in the order of one pass."""
-        stages = (
-            ("perception", self.perception),
-            ("reasoning", self.reasoning),
-            ("expression", self.expression),
-        )
-        return [f"{stage}.{i}." for stage, count in stages for i in range(count)]
+HEAD = "lm_head.weight"
+"""A second name for the tied embedding; it may be absent."""
 
 
 def load(path: Path, *, context: int | None, progress: Progress | None) -> Imported:
-    """Read one checkpoint of the dense variant. Raises BadCheckpoint, UnsupportedModel."""
+    """Read one checkpoint. Raises BadCheckpoint, UnsupportedModel."""
     _check_zip(path)
     content = _unpickle(path)
     problems = Problems(str(path))
@@ -102,27 +62,14 @@ def load(path: Path, *, context: int | None, progress: Progress | None) -> Impor
     state = _state(content, problems)
     config, unknown = read_config(content.get("config"), problems, context)
     problems.check("not a HAGI checkpoint that can be read")
-    _refuse(config, state, str(path))
-
-    names = Names(
-        embed="embed.weight",
-        final_norm="final_norm.weight",
-        head="lm_head.weight",
-        blocks=numbered(config.prefixes(), _PARTS),
-        bias="iter_embed",
-    )
-    weights = _State(state)
-    compare_shapes(config.decoder, names, weights.shapes(), problems)
-    problems.check("the weights do not fit the config")
-    _check_bytes(config.decoder, names, weights, path)
-    model = build(config.decoder, names, weights, problems, progress)
-    problems.check("the weights are unusable")
+    _refuse_redesign(state, str(path))
+    model = assemble(config, state, problems, path.stat().st_size, progress)
     notes = []
     if unknown:
         notes.append(f"unknown config fields, ignored: {named(unknown)}")
     return Imported(
         model=model,
-        name="hagi-a",
+        name=f"hagi-{config.letter.lower()}",
         tokenizer_json=None,
         chat_template=None,
         bos=None,
@@ -137,6 +84,48 @@ def load(path: Path, *, context: int | None, progress: Progress | None) -> Impor
         },
         notes=tuple(notes),
     )
+
+
+def assemble(
+    config: HAGIConfig,
+    state: Mapping[str, Tensor],
+    problems: Problems,
+    limit: int,
+    progress: Progress | None = None,
+) -> HAGI:
+    """The model with these weights, in eval mode, without gradients.
+
+    limit  bytes that the file has: tensors may overlap in it (stride 0), and the model may still
+           not outgrow it
+    Raises BadCheckpoint naming every tensor that is missing, unexpected, of another shape, or not
+    finite, before or after memory is allocated for the model.
+    """
+    with torch.device("meta"):
+        wanted = {k: tuple(v.shape) for k, v in HAGI(_small_tables(config)).published().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    compare_shapes(wanted, found, "embed.weight", HEAD, problems)
+    problems.check("the weights do not fit the config")
+    claimed = 4 * sum(math.prod(shape) for shape in wanted.values())
+    if claimed > limit:
+        raise BadCheckpoint(
+            f"the tensors claim {claimed} bytes in a file of {limit}", where=problems.where
+        )
+    model = HAGI(config).eval().requires_grad_(False)
+    views = model.published()
+    for done, (name, view) in enumerate(views.items()):
+        if not torch.isfinite(state[name]).all():
+            problems.add(f"{name} holds NaN or infinite values")
+        view.copy_(state[name])
+        if progress is not None:
+            progress(done + 1, len(views))
+    if HEAD in state and not torch.equal(state[HEAD], model.embed):
+        problems.add(f"tied head: {HEAD} differs from embed.weight")
+    problems.check("the weights are unusable")
+    return model
+
+
+def _small_tables(config: HAGIConfig) -> HAGIConfig:
+    return dataclasses.replace(config, context=1)
 
 
 def _check_zip(path: Path) -> None:
@@ -245,10 +234,7 @@ def read_config(
         problems.add(f"config is {shown(raw)}, not a dict with text keys")
         problems.check("not a HAGI checkpoint that can be read")
     top = Fields(raw, problems, "config.")
-    top.seen |= _TRAINING_ONLY
     inner = top.section("transformer", {})
-    grades = top.section("grades", {})
-    grades.seen |= _GRADES
     vocab = top.integer("vocab_size", 32000, high=MAX_VOCAB)
     hidden = top.integer("hidden_size", 768, high=MAX_WIDTH)
     perception, reasoning, expression = (
@@ -260,10 +246,9 @@ def read_config(
     width = inner.integer("hidden_size", 768, high=MAX_WIDTH)
     heads = inner.integer("num_query_heads", 12, high=MAX_HEADS)
     kv_heads = inner.integer("num_kv_heads", 4, high=MAX_HEADS)
-    intermediate = inner.integer("intermediate_size", 2048, high=MAX_WIDTH)
-    theta = inner.number("rope_theta", 10000.0, **THETA)
-    eps = inner.number("norm_eps", 1e-6, **EPS)
     published = inner.integer("max_seq_len", 4096, high=MAX_CONTEXT)
+    grades = top.section("grades", {})
+    split = _grades(grades)
     if hidden != width:
         problems.add(
             f"config.hidden_size {hidden} and config.transformer.hidden_size {width} differ"
@@ -280,29 +265,63 @@ def read_config(
         )
     if not perception + reasoning + expression:
         problems.add("config.perception_layers, reasoning_layers and expression_layers are all 0")
-    problems.check("not a HAGI checkpoint that can be read")
-    head_size = width // heads
-    decoder = DecoderConfig(
+    if use_gdr and split.read + split.residual != hidden:
+        problems.add(
+            f"config.grades sum to {split.read + split.residual}, config.hidden_size is {hidden}"
+        )
+    if use_gdr and split.vector % BLADES:
+        problems.add(f"config.grades.vector {split.vector} is not a multiple of {BLADES}")
+    config = HAGIConfig(
         vocab_size=vocab,
         hidden_size=hidden,
-        num_layers=perception + reasoning + expression,
-        num_heads=heads,
+        num_query_heads=heads,
         num_kv_heads=kv_heads,
-        head_size=head_size,
-        intermediate_size=intermediate,
-        rope_theta=theta,
-        norm_eps=eps,
-        context=choose_context(context, published, head_size, problems.where),
-        tied_head=True,
-        bias_after=perception + reasoning,
+        intermediate_size=inner.integer("intermediate_size", 2048, high=MAX_WIDTH),
+        perception_layers=perception,
+        reasoning_layers=reasoning,
+        expression_layers=expression,
+        loop_count=loops,
+        use_loop=use_loop,
+        use_gdr=use_gdr,
+        rope_theta=inner.number("rope_theta", 10000.0, **THETA),
+        norm_eps=inner.number("norm_eps", 1e-6, **EPS),
+        max_seq_len=published,
+        gradient_checkpointing=top.flag("gradient_checkpointing", False),
+        ce_chunk_size=top.integer("ce_chunk_size", 0, low=0, high=1 << 30),
+        grades=split,
     )
-    config = HAGIConfig(
-        perception, reasoning, expression, loops if use_loop else 1, use_gdr, decoder
-    )
-    return config, sorted(top.unknown() + inner.unknown() + grades.unknown())
+    problems.check("not a HAGI checkpoint that can be read")
+    if perception + expression + config.iterations * reasoning > MAX_LAYERS:
+        problems.add(f"config.loop_count {loops} makes {config.slots} attentions of the blocks")
+        problems.check("not a HAGI checkpoint that can be read")
+    context = choose_context(context, published, config.heads.size, problems.where)
+    unknown = sorted(top.unknown() + inner.unknown() + grades.unknown())
+    return dataclasses.replace(config, context=context), unknown
 
 
-def _refuse(config: HAGIConfig, state: Mapping[str, Tensor], where: str) -> None:
+def _grades(fields: Fields) -> Grades:
+    standard = Grades()
+
+    def channels(name: str, low: int) -> int:
+        return fields.integer(name, getattr(standard, name), low=low, high=MAX_WIDTH)
+
+    def momentum(name: str) -> float:
+        return fields.number(name, getattr(standard, name), low=-1e3, high=1e3)
+
+    return Grades(
+        scalar=channels("scalar", 1),
+        vector=channels("vector", 1),
+        bivector=channels("bivector", 1),
+        trivector=channels("trivector", 1),
+        residual=channels("residual", 0),
+        scalar_momentum=momentum("scalar_momentum"),
+        vector_momentum=momentum("vector_momentum"),
+        geo_interaction=fields.flag("geo_interaction", standard.geo_interaction),
+        gated=fields.flag("gated", standard.gated),
+    )
+
+
+def _refuse_redesign(state: Mapping[str, Tensor], where: str) -> None:
     foreign = sorted(name for name in state if _REDESIGN.match(name))
     if foreign:
         raise UnsupportedModel(
@@ -310,40 +329,3 @@ def _refuse(config: HAGIConfig, state: Mapping[str, Tensor], where: str) -> None
             where=where,
             do="use a checkpoint of Models A to D",
         )
-    if config.use_gdr:
-        raise UnsupportedModel(
-            "config.use_gdr is true: grade-decomposed recurrence is not implemented",
-            where=where,
-            do="the dense variant, Model A, is what can be read",
-        )
-    if config.iterations > 1:
-        raise UnsupportedModel(
-            f"config.loop_count is {config.iterations} with use_loop: "
-            "looped reasoning is not implemented",
-            where=where,
-            do="the dense variant, Model A, is what can be read",
-        )
-
-
-def _check_bytes(c: DecoderConfig, names: Names, weights: _State, path: Path) -> None:
-    """Tensors may overlap in a file (stride 0): the model may still not outgrow it."""
-    shapes = weights.shapes()
-    wanted = 4 * sum(math.prod(shape) for name, shape in shapes.items() if name != names.head)
-    size = path.stat().st_size
-    if wanted > size:
-        raise BadCheckpoint(
-            f"the tensors claim {wanted} bytes in a file of {size}", where=str(path)
-        )
-
-
-class _State:
-    """A state dict whose tensors are mapped from the file."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self.state = state
-
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.state[name]

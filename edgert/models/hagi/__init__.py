@@ -1,0 +1,1 @@
+"""HAGI: dense, looped and Clifford-grade decoders (Models A, B, C, D)."""

@@ -60,10 +60,13 @@ def model_id(manifest: Manifest) -> str:
     Raises BadBundle if the tokenizer or chat template is not listed in `files`.
     """
     tokenizer = manifest.tokenizer
+    program = asdict(manifest.program)
+    if manifest.program.loop is None:
+        del program["loop"]  # identities are older than loops
     return _identity(
         {
             "edgert": "model 1",
-            "program": asdict(manifest.program),
+            "program": program,
             "inputs": {name: asdict(spec) for name, spec in manifest.inputs.items()},
             "results": {name: asdict(spec) for name, spec in manifest.results.items()},
             "context": manifest.context,

@@ -16,6 +16,7 @@
     ├── OutOfMemory             5    an allocation failed or a preflight refused it
     ├── CapacityExceeded        5    the sequence is longer than the model or its state allows
     ├── GateFailed              6    a graph does not compute what the model computes
+    ├── Diverged                1    training came to a loss or gradient that is NaN or infinite
     └── Poisoned                1    the session failed in mid-step; its state is not trusted
 
 Every message says what happened, where, and what to do about it.
@@ -30,6 +31,7 @@ __all__ = [
     "BadSession",
     "BadTokenizer",
     "CapacityExceeded",
+    "Diverged",
     "EdgertError",
     "GateFailed",
     "Incompatible",
@@ -133,6 +135,10 @@ class CapacityExceeded(EdgertError):
 
 class GateFailed(EdgertError):
     exit_code = 6
+
+
+class Diverged(EdgertError):
+    pass
 
 
 class Poisoned(EdgertError):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import CapacityExceeded, UsageError
+from edgert.halting import parse_halt
 from edgert.rng import fresh_seed
 from edgert.sampler import Choice, SamplingParams, pick
 from edgert.stops import StopStrings
@@ -55,6 +56,7 @@ class Timings:
     prefill_s: float = 0.0
     first_token_s: float = 0.0  # until the first token was chosen (TTFT)
     token_s: list[float] = field(default_factory=list)
+    iterations: list[int] = field(default_factory=list)  # of the loop, for each entry of token_s
     graph_s: float = 0.0  # of all the above, inside graph calls
     sample_s: float = 0.0  # of all the above, choosing tokens from logits
     detokenize_s: float = 0.0  # tokens to text, stop strings included
@@ -99,6 +101,7 @@ class Stream:
         self.timings = Timings(prompt_tokens=len(prompt))
         self.tokens: list[int] = []
         self._seen: list[Piece] = []
+        self._halt = None if params.halt is None else parse_halt(params.halt)
         self._cancelled = threading.Event()
         self._acquire, self._release = session.acquire, session.release
         self._pieces = self._run(session, prompt, going_on)
@@ -167,7 +170,7 @@ class Stream:
         if reason is None:
             # Growing in mid-answer would cost that token a copy of the state.
             execution.reserve(min(context, len(tokens) + min(params.max_tokens, ANSWER_ROOM)))
-            for step in session.feed_pending():
+            for step in session.feed_pending(self._halt):
                 io = step
                 timings.graph_s = (execution.graph_ns - graph_before) / 1e9
                 if reason := self._interrupted(deadline):
@@ -191,6 +194,7 @@ class Stream:
             timings.sample_s += now - asked
             if self.tokens:
                 timings.token_s.append(now - resumed)
+                timings.iterations.append(int(io.iterations[0]))
             else:
                 timings.first_token_s = now - start
             timings.graph_s = (execution.graph_ns - graph_before) / 1e9
@@ -222,7 +226,7 @@ class Stream:
                     "the session has gone on without this stream, or was closed",
                     do="use one stream of a session at a time",
                 )
-            io = execution.step(token)
+            io = execution.step(token, self._halt)
 
     def _choose(self, io: StepIO, tokens: list[int]) -> Choice:
         """The next token. The graph's own argmax will do, unless its logit is not a number."""

@@ -16,18 +16,21 @@ from edgert.errors import BadBundle, Incompatible
 from edgert.files import MANIFEST, safe_relative
 from edgert.spec import (
     DTYPES,
+    FILLS,
     FORMAT_VERSION,
     LOWERINGS,
     STATE_KINDS,
     Axis,
     FileEntry,
     GraphSpec,
+    LoopSpec,
     Manifest,
     ProgramSpec,
     StateSpec,
     TensorSpec,
     TokenizerSpec,
     VariantSpec,
+    Wire,
 )
 
 MAX_BYTES = 4 << 20
@@ -40,7 +43,8 @@ SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*")
 HEX = re.compile(r"[0-9a-f]{64}")
-KINDS = ("input", "state", "value", "result")
+KINDS = ("input", "loop", "state", "value", "signal", "result")
+MAX_ITERATIONS = 1024
 
 _T = TypeVar("_T")
 _ABSENT: Any = object()
@@ -70,7 +74,7 @@ def manifest_from_bytes(data: bytes, where: str) -> Manifest:
             where=where,
             do="pip install --upgrade edgert, or export the bundle with this version",
         )
-    reader = _Reader()
+    reader = _Reader(version)
     reader.survey("", value, 0)
     manifest = None if reader.problems else reader.manifest(value)
     if reader.problems or manifest is None:
@@ -153,7 +157,8 @@ class _Reader:
     something of the right type, so that reading goes on and finds the next problem.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, version: int) -> None:
+        self.version = version
         self.problems: list[str] = []
 
     def bad(self, path: str, what: str) -> None:
@@ -320,15 +325,20 @@ class _Reader:
             self.bad(path, f"{_show(value)} is not an endpoint such as 'state.k.0'")
         return str(value)
 
+    def wire(self, path: str, value: object) -> Wire:
+        if not isinstance(value, list):
+            return self.endpoint(path, value)
+        if not value:
+            self.bad(path, "an empty list is no endpoint")
+        return self.array(path, value, MAX_ITERATIONS, self.endpoint)
+
     def graph(self, path: str, value: object) -> GraphSpec:
         got = self.record(path, value, _keys(GraphSpec))
         return GraphSpec(
             file=self.file(f"{path}.file", got["file"]),
             data=self.array(f"{path}.data", got["data"], 16, self.file),
-            inputs=self.table(f"{path}.inputs", got["inputs"], DOTTED, 8192, self.endpoint),
-            outputs=self.table(
-                f"{path}.outputs", got["outputs"], DOTTED, 8192, self.endpoint, least=1
-            ),
+            inputs=self.table(f"{path}.inputs", got["inputs"], DOTTED, 8192, self.wire),
+            outputs=self.table(f"{path}.outputs", got["outputs"], DOTTED, 8192, self.wire, least=1),
         )
 
     def variant(self, path: str, value: object) -> VariantSpec:
@@ -349,7 +359,10 @@ class _Reader:
         )
 
     def program(self, path: str, value: object) -> ProgramSpec:
-        got = self.record(path, value, _keys(ProgramSpec))
+        keys = _keys(ProgramSpec)
+        if isinstance(value, dict) and "loop" not in value and self.version == 1:
+            keys = tuple(key for key in keys if key != "loop")
+        got = self.record(path, value, keys)
 
         def graph(at: str, name: object) -> str:
             return self.match(at, name, IDENTIFIER, "the name of a graph")
@@ -358,6 +371,18 @@ class _Reader:
             epilogue=graph(f"{path}.epilogue", got["epilogue"]),
             prologue=self.optional(f"{path}.prologue", got["prologue"], graph),
             body=self.optional(f"{path}.body", got["body"], graph),
+            loop=self.optional(f"{path}.loop", got.get("loop"), self.loop),
+        )
+
+    def loop(self, path: str, value: object) -> LoopSpec:
+        if self.version == 1:
+            self.bad(path, "a bundle of format version 1 has no loop")
+        got = self.record(path, value, _keys(LoopSpec))
+        return LoopSpec(
+            iterations=self.integer(f"{path}.iterations", got["iterations"], 1, MAX_ITERATIONS),
+            values=self.table(f"{path}.values", got["values"], DOTTED, 64, self.tensor),
+            signals=self.table(f"{path}.signals", got["signals"], DOTTED, 64, self.tensor),
+            fill=self.choice(f"{path}.fill", got["fill"], FILLS),
         )
 
     def tokenizer(self, path: str, value: object) -> TokenizerSpec:
@@ -438,7 +463,10 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as JSON values, in the order in which the file is written."""
     first = ("format_version", "name", "summary", "model_id")
     keys = [*first, *(key for key in _keys(Manifest) if key not in first)]
-    return {key: _plain(getattr(manifest, key)) for key in keys}
+    plain = {key: _plain(getattr(manifest, key)) for key in keys}
+    if manifest.format_version == 1:
+        del plain["program"]["loop"]
+    return plain
 
 
 def _plain(value: Any) -> Any:

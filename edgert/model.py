@@ -17,6 +17,7 @@ from edgert.chat import MAX_TEMPLATE, encode_chat
 from edgert.errors import BadTokenizer, Incompatible, OutOfMemory, UsageError
 from edgert.files import read_regular
 from edgert.generate import Generation, Stream, check_ids
+from edgert.halting import parse_halt
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
 from edgert.session import Prompt, Session
@@ -77,6 +78,8 @@ class Model:
                 f"params is {type(params).__name__}, not SamplingParams",
                 do="give settings by name, such as max_tokens=40",
             )
+        if chosen.halt is not None:
+            self.runner.check_halt(parse_halt(chosen.halt))
         beyond = [t for t in chosen.logit_bias or () if t >= self.manifest.vocab_size]
         if beyond:
             raise UsageError(
@@ -180,6 +183,7 @@ def load(
     *,
     precision: str | None = None,
     lowering: str | None = None,
+    variant: str | None = None,
     threads: int = 0,
     prepack: bool = True,
     verify: bool = False,
@@ -190,6 +194,7 @@ def load(
     device     'auto' or 'cpu'
     precision  one that the bundle holds ('fp32'); None takes the best one
     lowering   'ort' or 'portable'; None takes the fastest the device runs
+    variant    the name of one that the bundle holds, such as 'fp32-ort-unrolled'
     threads    0: one per physical core, or the pool that the application has made for all its
                ONNX Runtime sessions
     prepack    False maps the weights instead of copying them into ONNX Runtime's own layout:
@@ -202,29 +207,39 @@ def load(
     one pool for all), MissingDependency.
     """
     bundle = Bundle.open(Path(path), True if verify else "stamp", progress)
-    variant = choose_variant(bundle.manifest, device, precision, lowering)
+    chosen = choose_variant(bundle.manifest, device, precision, lowering, variant)
     backend = open_backend(device, threads=threads, prepack=prepack)
     try:
-        return Model(bundle, Runner(bundle, variant, backend))
+        return Model(bundle, Runner(bundle, chosen, backend))
     except BaseException:
         backend.close()
         raise
 
 
 def choose_variant(
-    manifest: Manifest, device: str, precision: str | None, lowering: str | None
+    manifest: Manifest,
+    device: str,
+    precision: str | None = None,
+    lowering: str | None = None,
+    variant: str | None = None,
 ) -> str:
-    """The best variant for a device that fits what was asked for, or Incompatible saying why."""
+    """The best variant for a device that fits what was asked for, or Incompatible saying why.
+
+    A loop that is unrolled cannot end early: such a variant is taken only by its name, or where
+    there is no other.
+    """
     usable = lowerings(device)
+    unrolled = {n for n in manifest.variants if manifest.parts(n) != manifest.program.parts}
     fitting = [
-        (_rank(v.precision), usable.index(v.lowering), name)
+        (name in unrolled, _rank(v.precision), usable.index(v.lowering), name)
         for name, v in manifest.variants.items()
         if v.lowering in usable
         and precision in (None, v.precision)
         and lowering in (None, v.lowering)
+        and variant in (None, name)
     ]
     if not fitting:
-        wanted = " ".join(filter(None, (precision, lowering))) or f"for device {device}"
+        wanted = " ".join(filter(None, (precision, lowering, variant))) or f"for device {device}"
         raise Incompatible(
             f"this bundle has no variant {wanted}",
             do=f"choose from what it has: {', '.join(manifest.variants)}",

@@ -12,10 +12,9 @@ from edgert.files import MANIFEST
 from edgert.model import Model, load
 from edgert.session import Session
 from edgert.sessionfile import SavedSession, read_session
-from edgert.spec import VariantSpec
 from edgert.vault import key_from
 
-OWN_CHOICE = ("precision", "lowering")
+OWN_CHOICE = ("precision", "lowering", "variant")
 """Arguments of `load` that the session decides: it belongs to one variant."""
 
 
@@ -66,7 +65,7 @@ def resume(
 
 def find_bundle(
     path: Path, saved: SavedSession, bundle: str | os.PathLike[str] | None = None
-) -> tuple[Path, VariantSpec]:
+) -> tuple[Path, str]:
     """The directory of a session's bundle, `bundle` or where the session says it was, and the
     session's variant in it.
 
@@ -83,9 +82,9 @@ def find_bundle(
         if bundle is None and not os.path.isfile(root / MANIFEST):  # any hint is just a hint
             continue
         manifest = read_manifest(root)
-        for variant in manifest.variants.values():
+        for name, variant in manifest.variants.items():
             if variant.variant_id == hint.variant_id:
-                return root, variant
+                return root, name
         seen.append(f"{root} is {manifest.name} ({manifest.model_id[:12]})")
     own = f"{path} was saved with {hint.name} {hint.variant} ({hint.model_id[:12]})"
     if seen:
@@ -101,13 +100,11 @@ def find_bundle(
     )
 
 
-def _as_it_was(
-    saved: SavedSession, variant: VariantSpec, options: dict[str, Any]
-) -> dict[str, Any]:
+def _as_it_was(saved: SavedSession, variant: str, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `load`: what the session needs, and, unless given, what it had."""
     from edgert.backends.ort import default_threads
 
-    had: dict[str, Any] = {"precision": variant.precision, "lowering": variant.lowering}
+    had: dict[str, Any] = {"variant": variant}
     threads = saved.place.get("threads", "")
     if threads.isdecimal() and len(threads) < 5 and int(threads) != default_threads():
         had["threads"] = int(threads)

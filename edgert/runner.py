@@ -7,7 +7,6 @@ StepIO     the buffers and the binding of one step shape, made once and reused
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.backends.base import Backend, Binding, Buffer, GraphSource, LoadedGraph
+from edgert.backends.base import Backend, GraphSource, LoadedGraph
 from edgert.bundle import Bundle
-from edgert.errors import EdgertError, Incompatible, Poisoned, UnsupportedModel, UsageError
-from edgert.spec import DECODER_INPUTS, GraphSpec, Manifest, decoder_results
+from edgert.errors import EdgertError, Poisoned, UnsupportedModel, UsageError
+from edgert.halting import SIGNAL, Halt
+from edgert.looping import BoundStep
+from edgert.spec import DECODER_INPUTS, Manifest, decoder_results
 from edgert.state import States, bucket, resolve
 
 PREFILL_CHUNK = 512
@@ -35,23 +36,26 @@ class StepIO:
     """One step shape [batch, tokens] -> [batch, select]. The arrays are the bound memory itself.
 
     ids int64 [B, T] and select int64 [B, S] (positions within this step) are written before
-    `run`; token int64 [B, S] (argmax) and logits float32 [B, S, V] are read after it.
+    `run`; token int64 [B, S] (argmax) and logits float32 [B, S, V] are read after it, as is
+    `iterations` int64 [B]: what the loop took (1 where there is none, or one that is unrolled).
     """
 
     execution: Execution
-    binding: Binding
+    bound: BoundStep
     ids: NDArray[np.int64]
     select: NDArray[np.int64]
     token: NDArray[np.int64]
     logits: NDArray[np.float32]
+    iterations: NDArray[np.int64]
 
-    def run(self) -> None:
+    def run(self, halt: Halt | None = None) -> None:
         """Feed `ids` behind what the states hold, and advance the counters.
 
-        Raises Poisoned if an earlier step failed, UsageError if the model is closed; then, and
-        beyond the capacity, nothing has changed.
+        halt  ends the loop of each row early; for steps of one token
+        Raises Poisoned if an earlier step failed, UsageError if the model is closed or cannot
+        halt like that; then, and beyond the capacity, nothing has changed.
         """
-        self.execution.run(self)
+        self.execution.run(self, halt)
 
 
 class Runner:
@@ -59,12 +63,6 @@ class Runner:
 
     def __init__(self, bundle: Bundle, variant: str, backend: Backend) -> None:
         manifest = bundle.manifest
-        if manifest.program.body or manifest.program.prologue:
-            raise Incompatible(
-                "this bundle's program has a loop, which this version of edgert does not run",
-                where=str(bundle.root),
-                do="install a newer edgert",
-            )
         check_decoder(manifest, str(bundle.root))
         self.closed = False
         self.manifest = manifest
@@ -72,15 +70,40 @@ class Runner:
         self.variant_name = variant
         self.variant = manifest.variants[variant]
         self.backend = backend
-        self.spec: GraphSpec = self.variant.graphs[manifest.program.epilogue]
-        self.graph: LoadedGraph = backend.load(
-            GraphSource(
-                name=manifest.program.epilogue,
-                path=bundle.root / self.spec.file,
-                inputs=tuple(self.spec.inputs),
-                outputs=tuple(self.spec.outputs),
+        self.parts = {
+            part: self.variant.graphs[name]
+            for part, name in manifest.parts(variant).items()
+            if name is not None
+        }
+        self.loop = manifest.program.loop if "body" in self.parts else None
+        self.graphs: dict[str, LoadedGraph] = {}
+        backend.expect(len(self.parts))
+        for part, spec in self.parts.items():
+            self.graphs[part] = backend.load(
+                GraphSource(
+                    name=str(getattr(manifest.program, part)),
+                    path=bundle.root / spec.file,
+                    inputs=tuple(spec.inputs),
+                    outputs=tuple(spec.outputs),
+                )
             )
-        )
+
+    @property
+    def can_halt(self) -> bool:
+        """Whether a token's loop may end early."""
+        return self.loop is not None and self.loop.fill == "copy" and SIGNAL in self.loop.signals
+
+    def check_halt(self, halt: Halt) -> None:
+        """Raise UsageError if tokens cannot halt like that."""
+        if halt.is_full:
+            return
+        if not self.can_halt or self.loop is None:
+            raise UsageError(
+                f"variant {self.variant_name} of this bundle cannot halt early: it has no loop to "
+                "end",
+                do="leave --halt out, or use the stepped variant of a looped model",
+            )
+        halt.check(self.loop.iterations)
 
     def open(self, *, batch: int = 1, tokens: int = 1) -> Execution:
         """Fresh states for `batch` sequences with room for `tokens` each.
@@ -102,7 +125,8 @@ class Runner:
     def close(self) -> None:
         """Let go of the graphs; a step that is running in another thread still ends well."""
         self.closed = True
-        self.graph.close()
+        for graph in self.graphs.values():
+            graph.close()
         self.backend.close()
 
 
@@ -182,31 +206,20 @@ class Execution:
         return io
 
     def _bind(self, tokens: int, select: int) -> StepIO:
-        manifest, spec = self.runner.manifest, self.runner.spec
+        manifest, runner = self.runner.manifest, self.runner
         axes = {"batch": self.states.batch, "tokens": tokens, "select": select}
-        allocate = self.runner.backend.allocate
-        ends: dict[str, Buffer] = {
-            f"state.{name}": buffer for name, buffer in self.states.buffers.items()
-        }
+        ends = {f"state.{name}": buffer for name, buffer in self.states.buffers.items()}
         for kind, tensors in (("input", manifest.inputs), ("result", manifest.results)):
             for name, tensor in tensors.items():
-                ends[f"{kind}.{name}"] = allocate(tensor.dtype, resolve(tensor.shape, axes))
-        binding = self.runner.graph.bind(
-            {name: ends[end] for name, end in spec.inputs.items()},
-            {name: ends[end] for name, end in spec.outputs.items()},
-        )
-        arrays = {
-            name: ends[end].host
-            for name, end in (
-                ("ids", "input.ids"),
-                ("select", "input.select"),
-                ("token", "result.token"),
-                ("logits", "result.logits"),
-            )
-        }
-        return StepIO(self, binding, **arrays)  # type: ignore[arg-type]
+                shape = resolve(tensor.shape, axes)
+                ends[f"{kind}.{name}"] = runner.backend.allocate(tensor.dtype, shape)
+        names = ("input.ids", "input.select", "result.token", "result.logits")
+        ids, select_, token, logits = (ends[name].host for name in names)
+        iterations = np.ones(self.states.batch, np.int64)
+        bound = BoundStep(runner, self.states, ends, axes)
+        return StepIO(self, bound, ids, select_, token, logits, iterations)  # type: ignore[arg-type]
 
-    def run(self, io: StepIO) -> None:
+    def run(self, io: StepIO, halt: Halt | None = None) -> None:
         self.check()
         lens, tokens = self.lens, io.ids.shape[1]
         filled = lens.tolist()  # a few rows: quicker than numpy's own min and max
@@ -217,21 +230,23 @@ class Execution:
                 f"{self.states.capacity}",
                 do="call reserve() first",
             )
+        if halt is not None:
+            self.runner.check_halt(halt)
+            if tokens != 1:
+                raise UsageError("a loop ends early in steps of one token only")
         self._failed = True  # until the step has ended well
-        start = time.perf_counter_ns()
-        io.binding.run()
-        self.graph_ns += time.perf_counter_ns() - start
+        self.graph_ns += io.bound.run(halt, filled, io.iterations)
         lens += tokens
         self._last = (io, end)
         self._failed = False
 
-    def step(self, token: int) -> StepIO:
+    def step(self, token: int, halt: Halt | None = None) -> StepIO:
         """Decode: one token behind the state of a single row, growing it where needed."""
         self.reserve(int(self.lens[0]) + 1)
         io = self.io()
         io.ids[0, 0] = token
         io.select[0, 0] = 0
-        io.run()
+        io.run(halt)
         return io
 
     def feed(self, ids: NDArray[np.int64], *, chunk: int = PREFILL_CHUNK) -> Iterator[StepIO]:
@@ -303,6 +318,7 @@ def check_decoder(manifest: Manifest, where: str) -> None:
             problems.append(f"states.{name}: the axes {named} of a state of kind {state.kind}")
         if state.kind == "append" and state.init != "zeros":
             problems.append(f"states.{name} grows and has an initial value")
+    problems += _loop_problems(manifest)
     if vocab < 1 or manifest.context < 1:
         problems.append(f"it has no tokens: vocab_size {vocab}, context {manifest.context}")
     if problems:
@@ -311,3 +327,19 @@ def check_decoder(manifest: Manifest, where: str) -> None:
             where=where,
             do="install a newer edgert",
         )
+
+
+def _loop_problems(manifest: Manifest) -> list[str]:
+    program = manifest.program
+    if program.loop is None:
+        parts = [part for part in ("prologue", "body") if getattr(program, part) is not None]
+        return [f"program.{part}: a program without a loop has only an epilogue" for part in parts]
+    problems = []
+    for name, value in program.loop.values.items():
+        named = [axis for axis in value.shape[2:] if isinstance(axis, str)]
+        if value.shape[:2] != ("batch", "tokens") or named:
+            problems.append(f"program.loop.values.{name}: its axes are not [batch, tokens, sizes]")
+    for name, signal in program.loop.signals.items():
+        if (signal.dtype, signal.shape) != ("float32", ("batch", "tokens")):
+            problems.append(f"program.loop.signals.{name}: it is not float32 [batch, tokens]")
+    return problems

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from edgert import rng
 from edgert.errors import BadBundle, Poisoned, UsageError
+from edgert.halting import parse_halt
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
@@ -48,7 +49,7 @@ _REALS = {
     "repetition_penalty": (0.01, 100.0),
     "deadline_ms": (0.0, 1e12),
 }
-_OPTIONAL = ("logprobs", "seed", "deadline_ms", "logit_bias")
+_OPTIONAL = ("logprobs", "seed", "deadline_ms", "logit_bias", "halt")
 _COLDEST = 1e-4  # below it, differences of logits overflow float32
 _MAX_BIAS = 1e9
 _MAX_STOPS = 64
@@ -73,6 +74,8 @@ class SamplingParams:
     seed, stream        with the position, they determine every draw; seed None for a fresh one
     stop, stop_tokens   texts and ids that end the answer; ignore_eos does not end it at EOS
     deadline_ms         stop when so much time has passed
+    halt                when the loop of a looped model ends for each token of the answer: `full`,
+                        `fixed:N`, `settle:THRESHOLD[:MIN[:MAX]]`; None is full
     """
 
     max_tokens: int = 128
@@ -90,6 +93,7 @@ class SamplingParams:
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     deadline_ms: float | None = None
+    halt: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -306,6 +310,10 @@ def _checked(name: str, value: Any) -> Any:
         if name in ("top_p", "deadline_ms") and number == 0:
             raise _refused(name, value, f"a number above 0, up to {_REALS[name][1]:g}")
         return number
+    if name == "halt":
+        if not isinstance(value, str):
+            raise _refused(name, value, "a policy such as 'fixed:2'")
+        return str(parse_halt(value))
     if name == "ignore_eos":
         if not isinstance(value, bool):
             raise _refused(name, value, "true or false")

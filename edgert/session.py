@@ -15,6 +15,7 @@ import numpy as np
 
 from edgert.errors import CapacityExceeded, Incompatible, UsageError
 from edgert.generate import Generation, Stream
+from edgert.halting import Halt
 from edgert.runner import Execution, StepIO
 from edgert.sampler import SamplingParams
 from edgert.sessionfile import Request, SavedSession, write_session
@@ -278,9 +279,11 @@ class Session:
                 do="shorten the prompt, or export the model again with a larger --context",
             )
 
-    def feed_pending(self) -> Iterator[StepIO]:
+    def feed_pending(self, halt: Halt | None = None) -> Iterator[StepIO]:
         """Feed the tokens that the state does not hold yet, a chunk at a time.
 
+        A single token that an answer goes on from is decoded as that answer's others are, and may
+        `halt` early; a prompt runs through all iterations.
         Where it holds them all (a stream was cut off behind its prefill), the results of the
         newest token are still there; after a rewind they are not, and it is fed again.
         """
@@ -290,6 +293,10 @@ class Session:
             yield last
             return
         lens[0] = start = min(int(lens[0]), len(self.tokens) - 1)
+        answered = self.request is not None and start >= self.request.start
+        if halt is not None and answered and start == len(self.tokens) - 1:
+            yield self.execution.step(self.tokens[start], halt)
+            return
         yield from self.execution.feed(np.asarray(self.tokens[start:], np.int64))
 
     def detokenizer(self, position: int | None = None) -> Detokenizer | None:

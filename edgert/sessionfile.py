@@ -279,7 +279,8 @@ def _saved(sealed: Sealed) -> SavedSession:
 def _request(value: Any, tokens: int) -> Request:
     got = _record("request", value, _REQUEST)
     names = {known.name for known in fields(SamplingParams)}
-    if got["params"].keys() != names or got["params"]["seed"] is None:
+    first = names - {"halt"}  # what the first version of the format had; absent means as standard
+    if not first <= got["params"].keys() <= names or got["params"]["seed"] is None:
         raise Unsound("request.params are not the settings of this version")
     try:
         params = SamplingParams.from_mapping(got["params"])

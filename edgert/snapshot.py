@@ -117,12 +117,11 @@ def _mismatch(model: Model, saved: SavedSession, where: str) -> SessionMismatch:
     variants = model.manifest.variants
     fits = next((n for n, v in variants.items() if v.variant_id == hint.variant_id), None)
     if fits is not None:
-        variant = variants[fits]
         return SessionMismatch(
             f"the session belongs to variant {fits} of this bundle, and {runner.variant_name} is "
             "loaded",
             where=where,
-            do=f"load it with --precision {variant.precision} --lowering {variant.lowering}",
+            do=f"load it with --variant {fits}",
         )
     return SessionMismatch(
         "this session belongs to another bundle",

@@ -4,10 +4,13 @@ A model is a small program of graphs over named state: prologue, then body until
 epilogue. These classes say it; `bundle.py` reads and writes them; the runner executes them.
 
 Endpoints name what a graph is wired to, as `<kind>.<name>`:
-    input.ids      written by the host before a step
-    state.k.0      outlives the step
-    value.h        produced by one graph, consumed by a later one in the same step
-    result.logits  read by the host after a step
+    input.ids       written by the host before a step
+    loop.iteration  which iteration of the body this is, int64 [], from 0; written by the host
+    state.k.0       outlives the step
+    value.h         handed from graph to graph within a step; one that the body reads and writes
+                    goes round the loop
+    signal.change   read by the host after each iteration of the body
+    result.logits   read by the host after a step
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read. Each bundle states the oldest that has what it needs: 2 has loops."""
 
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 StateKind = Literal["append", "carry", "ring", "counter"]
@@ -67,25 +71,61 @@ class StateSpec:
     init: str = "zeros"  # or the path of a .npy file in the bundle
 
 
+Wire = str | tuple[str, ...]
+"""An endpoint; in the body, or one for each iteration: its states differ from one to the next."""
+
+
+def endpoints(wire: Wire) -> tuple[str, ...]:
+    return (wire,) if isinstance(wire, str) else wire
+
+
+def endpoint_at(wire: Wire, iteration: int) -> str:
+    return wire if isinstance(wire, str) else wire[iteration]
+
+
 @dataclass(frozen=True)
 class GraphSpec:
     """One exported computation: its file, the weight files it maps, and its wiring."""
 
     file: str
     data: tuple[str, ...]
-    inputs: dict[str, str]  # graph input name -> endpoint it is read from
-    outputs: dict[str, str]  # graph output name -> endpoint it is written to
+    inputs: dict[str, Wire]  # graph input name -> endpoint it is read from
+    outputs: dict[str, Wire]  # graph output name -> endpoint it is written to
 
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """The same program in one precision and one lowering."""
+    """The same program in one precision and one lowering.
+
+    Where a program has a loop, a variant with the epilogue alone has all of it unrolled in there.
+    """
 
     precision: str
     lowering: Lowering
     opsets: dict[str, int]
     graphs: dict[str, GraphSpec]
     variant_id: str = ""
+
+
+Fill = Literal["copy", "none"]
+FILLS: tuple[Fill, ...] = ("copy", "none")
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """How the body repeats.
+
+    iterations  of the body, where nothing ends it earlier: what the model was trained with
+    values      tensors handed from graph to graph within a step, [batch, tokens, ...]
+    signals     float32 [batch, tokens], by which the host may end the loop
+    fill        what later tokens find at iterations that an earlier token skipped: `copy`, the
+                rows of the last one it computed; `none`, nothing, so that none may be skipped
+    """
+
+    iterations: int
+    values: dict[str, TensorSpec]
+    signals: dict[str, TensorSpec]
+    fill: Fill
 
 
 @dataclass(frozen=True)
@@ -95,6 +135,12 @@ class ProgramSpec:
     epilogue: str
     prologue: str | None = None
     body: str | None = None
+    loop: LoopSpec | None = None
+
+    @property
+    def parts(self) -> dict[str, str | None]:
+        """Part -> graph, in the order in which a step runs them."""
+        return {"prologue": self.prologue, "body": self.body, "epilogue": self.epilogue}
 
 
 @dataclass(frozen=True)
@@ -137,4 +183,11 @@ class Manifest:
     requires: dict[str, str] = field(default_factory=dict)
     reports: tuple[str, ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
+
+    def parts(self, variant: str) -> dict[str, str | None]:
+        """Part -> graph, as the variant has them: all in the epilogue, if it is unrolled."""
+        program = self.program
+        if program.loop and self.variants[variant].graphs.keys() == {program.epilogue}:
+            return {"prologue": None, "body": None, "epilogue": program.epilogue}
+        return program.parts

@@ -6,9 +6,10 @@ times) and epilogue; values flow forward within the step, states carry over to t
 
 from __future__ import annotations
 
-from edgert.spec import GraphSpec, Manifest, VariantSpec
+from edgert.spec import GraphSpec, LoopSpec, Manifest, VariantSpec, endpoints
 
 PARTS = ("prologue", "body", "epilogue")  # in the order in which a step runs them
+ITERATION = "loop.iteration"
 
 
 def wiring_problems(manifest: Manifest) -> list[str]:
@@ -21,25 +22,32 @@ def wiring_problems(manifest: Manifest) -> list[str]:
         if counter is None or counter.kind != "counter":
             what = "no state" if counter is None else f"of kind {counter.kind}"
             problems.append(f"states.{name}.counter: {state.counter!r} is {what}, not a counter")
-    parts = {part: getattr(manifest.program, part) for part in PARTS}
-    played = [graph for graph in parts.values() if graph is not None]
-    for part, graph in parts.items():
+    program = manifest.program
+    played = [graph for part in PARTS if (graph := getattr(program, part)) is not None]
+    for part in PARTS:
+        graph = getattr(program, part)
         if graph is not None and played.count(graph) > 1:
             problems.append(f"program.{part}: the graph {graph!r} plays two parts")
+    if program.loop is not None and program.body is None:
+        problems.append("program.loop: there is no body that it could repeat")
     read: set[str] = set()
     for name, variant in manifest.variants.items():
-        problems += _variant_problems(manifest, f"variants.{name}", variant, parts)
-        read |= {end for graph in variant.graphs.values() for end in graph.inputs.values()}
+        problems += _variant_problems(manifest, name, variant)
+        for graph in variant.graphs.values():
+            read |= _read(graph)
     for name in manifest.inputs:
         if f"input.{name}" not in read:
             problems.append(f"inputs.{name}: no graph reads it")
     return problems
 
 
-def _variant_problems(
-    manifest: Manifest, path: str, variant: VariantSpec, parts: dict[str, str | None]
-) -> list[str]:
-    problems = []
+def _read(graph: GraphSpec | None) -> set[str]:
+    return {end for wire in graph.inputs.values() for end in endpoints(wire)} if graph else set()
+
+
+def _variant_problems(manifest: Manifest, variant_name: str, variant: VariantSpec) -> list[str]:
+    path, problems = f"variants.{variant_name}", []
+    parts = manifest.parts(variant_name)
     order = {graph: i for i, graph in enumerate(parts.values()) if graph is not None}
     for part, player in parts.items():
         if player is not None and player not in variant.graphs:
@@ -48,29 +56,45 @@ def _variant_problems(
         if name not in order:
             problems.append(f"{path}.graphs.{name}: plays no part in the program")
     graphs = {name: graph for name, graph in variant.graphs.items() if name in order}
+    body = parts["body"]
 
     producers: dict[str, list[str]] = {}  # endpoint -> the graphs that write it
+    consumed: set[str] = set()
     for name, graph in graphs.items():
-        problems += _endpoint_problems(manifest, f"{path}.graphs.{name}", graph)
-        for end in graph.outputs.values():
-            producers.setdefault(end, []).append(name)
+        at = f"{path}.graphs.{name}"
+        problems += _endpoint_problems(manifest, at, graph, name == body)
+        for wire in graph.outputs.values():
+            for end in set(endpoints(wire)):
+                producers.setdefault(end, []).append(name)
+        consumed |= _read(graph)
     for end, names in producers.items():
-        if end.partition(".")[0] in ("value", "result") and len(names) > 1:
+        kind, _, name = end.partition(".")
+        rivals = names
+        if kind == "value" and body and end in _read(graphs.get(body)):
+            rivals = [n for n in names if n != body]  # it goes round the loop, from before it
+        if kind in ("value", "result", "signal") and len(rivals) > 1:
             problems.append(f"{path}.graphs: {end} is written by {' and '.join(sorted(names))}")
     for result in manifest.results:
         if f"result.{result}" not in producers:
             problems.append(f"{path}.graphs: no graph writes result.{result}")
+    loop = manifest.program.loop
+    if loop is not None and body is not None:
+        for kind, declared in (("signal", loop.signals), ("value", loop.values)):
+            for name in declared:
+                if f"{kind}.{name}" not in producers:
+                    problems.append(f"{path}.graphs: no graph writes {kind}.{name}")
 
-    consumed = {end for graph in graphs.values() for end in graph.inputs.values()}
     for name, graph in graphs.items():
-        for port, end in graph.inputs.items():
-            if not end.startswith("value."):
-                continue
-            at, makers = f"{path}.graphs.{name}.inputs.{port}", producers.get(end, [])
-            if not makers:
-                problems.append(f"{at}: no graph writes {end}")
-            elif all(order[maker] >= order[name] for maker in makers):
-                problems.append(f"{at}: {end} is written by {makers[0]!r}, which runs no earlier")
+        for port, wire in graph.inputs.items():
+            for end in endpoints(wire):
+                if not end.startswith("value."):
+                    continue
+                at, makers = f"{path}.graphs.{name}.inputs.{port}", producers.get(end, [])
+                if not makers:
+                    problems.append(f"{at}: no graph writes {end}")
+                elif all(order[maker] >= order[name] for maker in makers):
+                    maker = makers[0]
+                    problems.append(f"{at}: {end} is written by {maker!r}, which runs no earlier")
     for end in producers:
         if end.startswith("value.") and end not in consumed:
             problems.append(f"{path}.graphs: {end} is written and never read")
@@ -80,27 +104,56 @@ def _variant_problems(
     return problems
 
 
-def _endpoint_problems(manifest: Manifest, path: str, graph: GraphSpec) -> list[str]:
+def _endpoint_problems(manifest: Manifest, path: str, graph: GraphSpec, is_body: bool) -> list[str]:
     problems = []
+    loop = manifest.program.loop
     known = {
         "input": manifest.inputs.keys(),
         "state": manifest.states.keys(),
         "result": manifest.results.keys(),
+        "loop": {"iteration"},
+        "signal": loop.signals.keys() if loop else (),
     }
+    if loop is not None:
+        known["value"] = loop.values.keys()
     for side, ports in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-        for port, end in ports.items():
+        written = [end for wire in ports.values() for end in set(endpoints(wire))]
+        for port, wire in ports.items():
             at = f"{path}.{side}.{port}"
-            kind, _, name = end.partition(".")
-            if kind in known and name not in known[kind]:
-                problems.append(f"{at}: there is no {kind} {name!r}")
-            if side == "inputs" and kind == "result":
-                problems.append(f"{at}: {end} is a result, a graph cannot read it")
-            if side == "outputs" and kind == "input":
-                problems.append(f"{at}: {end} is an input, a graph cannot write it")
-            if side == "outputs" and kind == "state":
-                state = manifest.states.get(name)
-                if state is not None and state.kind == "counter":
-                    problems.append(f"{at}: {end} is a counter, only the runtime writes it")
-                if list(graph.outputs.values()).count(end) > 1:
-                    problems.append(f"{at}: {end} is written twice by one graph")
+            if not isinstance(wire, str):
+                problems += _turns(manifest, at, wire, loop, is_body)
+            for end in dict.fromkeys(endpoints(wire)):
+                kind, _, name = end.partition(".")
+                if kind in known and name not in known[kind]:
+                    problems.append(f"{at}: there is no {kind} {name!r}")
+                if side == "inputs" and kind in ("result", "signal"):
+                    problems.append(f"{at}: {end} is a {kind}, a graph cannot read it")
+                if side == "outputs" and kind in ("input", "loop"):
+                    what = "an input" if kind == "input" else "the runtime's"
+                    problems.append(f"{at}: {end} is {what}, a graph cannot write it")
+                if kind in ("loop", "signal") and not is_body:
+                    problems.append(f"{at}: {end} belongs to the body of a loop")
+                if side == "outputs" and kind == "state":
+                    state = manifest.states.get(name)
+                    if state is not None and state.kind == "counter":
+                        problems.append(f"{at}: {end} is a counter, only the runtime writes it")
+                    if written.count(end) > 1:
+                        problems.append(f"{at}: {end} is written twice by one graph")
+    return problems
+
+
+def _turns(
+    manifest: Manifest, at: str, wire: tuple[str, ...], loop: LoopSpec | None, is_body: bool
+) -> list[str]:
+    """Faults of a list of endpoints: one state for each iteration, all alike."""
+    if loop is None or not is_body:
+        return [f"{at}: a list of endpoints belongs to the body of a loop"]
+    problems = []
+    if len(wire) != loop.iterations:
+        problems.append(f"{at}: {len(wire)} endpoints for {loop.iterations} iterations")
+    if not all(end.startswith("state.") for end in wire):
+        problems.append(f"{at}: only states differ from one iteration to the next")
+    specs = {manifest.states.get(end.partition(".")[2]) for end in wire}
+    if len(specs - {None}) > 1:
+        problems.append(f"{at}: its states are not alike")
     return problems

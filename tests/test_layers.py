@@ -39,11 +39,11 @@ RUN_ZONE = (
     Line("conversation resuming"),
     Line("model session generate snapshot", together=True),
     Line("sessionfile"),
-    Line("runner"),
+    Line("runner looping", together=True),
     Line("state"),
-    Line("tokenizer chat sampler stops halting backends vault"),
+    Line("tokenizer chat sampler stops backends vault"),
     Line("bundle manifest wiring cache onnxfile files tensors", together=True),
-    Line("rng spec progress machine"),
+    Line("rng spec progress machine halting"),
     Line("errors _version"),
 )
 
@@ -55,8 +55,8 @@ AUTHOR_ZONE = {
     "export": "models " + BELOW_CLI,
     "train": "models " + BELOW_CLI,
 }
-# The one module outside the author zone that may call into it, inside its commands.
-AUTHOR_CLI = "edgert.cli.make"
+# The modules outside the author zone that may call into it, inside their commands.
+AUTHOR_CLI = ("edgert.cli.make", "edgert.cli.train")
 
 AUTHOR_PACKAGES = {"torch", "onnx", "onnxscript", "onnx_ir", "gguf", "transformers"}
 FAMILIES = ("hagi", "hrm", "hexad", "sage", "sagi", "vocab_space", "llama")
@@ -186,8 +186,8 @@ def misplaced(module: str) -> Iterator[str]:
                 yield f"{arrow}; {name} may import only: {AUTHOR_ZONE[name]}"
             continue
         if other in AUTHOR_ZONE:
-            if module != AUTHOR_CLI or not (item.lazy or item.typing):
-                yield f"{arrow}; only {AUTHOR_CLI} may, and only inside a command"
+            if module not in AUTHOR_CLI or not (item.lazy or item.typing):
+                yield f"{arrow}; only {', '.join(AUTHOR_CLI)} may, and only inside a command"
             continue
         own, theirs = height(name), height(other)
         if own is None or theirs is None:
@@ -243,7 +243,7 @@ def test_run_zone_needs_no_author_package(module):
     wrong = [
         f"{place(module, item.line)} imports {item.target}"
         for item in imports(module)
-        if item.target.split(".")[0] in AUTHOR_PACKAGES and not (module == AUTHOR_CLI and item.lazy)
+        if item.target.split(".")[0] in AUTHOR_PACKAGES and not (module in AUTHOR_CLI and item.lazy)
     ]
     assert not wrong, report(wrong)
 

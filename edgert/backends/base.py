@@ -56,6 +56,10 @@ class Buffer(ABC):
         """Replace the content, or a part of it; `values` must have its shape and dtype."""
 
     @abstractmethod
+    def copy(self, source: Buffer, at: Slices) -> None:
+        """Take over a part of another buffer of the same backend, shape and dtype."""
+
+    @abstractmethod
     def row(self, index: int) -> Buffer:
         """Row `index` as a buffer of shape (1, ...) over the same memory."""
 
@@ -85,6 +89,9 @@ class Backend(ABC):
     name: str
     placement: str
     build: dict[str, str]
+
+    def expect(self, graphs: int) -> None:  # noqa: B027 - most backends have nothing to do
+        """How many graphs of one model follow, that run one after the other."""
 
     @abstractmethod
     def load(self, source: GraphSource) -> LoadedGraph: ...
@@ -116,7 +123,10 @@ class HostBuffer(Buffer):
         part = self._array[at]
         if values.shape != part.shape or values.dtype != self.dtype:
             raise ValueError(f"{values.dtype}{values.shape} into {self.dtype}{part.shape}")
-        part[...] = values
+        self._array[at] = values
+
+    def copy(self, source: Buffer, at: Slices) -> None:
+        self._array[at] = source.host[at]
 
     def row(self, index: int) -> HostBuffer:
         if not 0 <= index < self.shape[0]:

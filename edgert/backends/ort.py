@@ -172,6 +172,12 @@ class OrtBackend(Backend):
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
 
+    def expect(self, graphs: int) -> None:
+        """Each graph has a pool of threads. Those of the graphs that do not run must not spin on
+        the cores of the one that does."""
+        if graphs > 1:
+            self._options.add_session_config_entry("session.force_spinning_stop", "1")
+
     def load(self, source: GraphSource) -> OrtGraph:
         """Raises BadBundle if ONNX Runtime refuses the graph, Incompatible if a number of threads
         was asked for and the application has one pool for all."""

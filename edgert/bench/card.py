@@ -26,6 +26,7 @@ def card(result: Mapping[str, Any]) -> str:
         " " * LABEL + "".join(f"{name:>{_COLUMN}}" for name in _COLUMNS),
         _row("first token", r["ttft_ms"]) + f"     {speed(r['prefill']['avg_ts'])} tok/s prefill",
         _row("between tokens", r["itl_ms"]) + f"     {speed(r['avg_ts'])} tok/s decode",
+        *_iterations(r),
         _line("where it goes", _where(r["where_ms"])),
         _line("start", _start(r["cold_start_ms"])),
         _line("memory", _memory(r["memory"])),
@@ -76,6 +77,16 @@ def _row(label: str, table: Mapping[str, float] | None) -> str:
 
 def _line(label: str, text: str) -> str:
     return f"{label:<{LABEL}}{text}"
+
+
+def _iterations(r: Mapping[str, Any]) -> list[str]:
+    """How deep the loop went, for a model that has one."""
+    steps = r.get("steps_taken")
+    if steps is None:
+        return []
+    policy = r["sampling"].get("halt") or "full"
+    text = f"{steps['avg']:.2f} of {r['iterations']} a token (p95 {steps['p95']:.0f}) · {policy}"
+    return [_line("iterations", text)]
 
 
 def _where(where: Mapping[str, float]) -> str:

@@ -23,6 +23,7 @@ class Request:
     """One timed request. All times are in nanoseconds, `arrivals` counted from its start.
 
     begun        `time.perf_counter_ns` at its start
+    iterations   that the loop took for each token after the first
     prefill_ns   from the first piece asked for until the prompt was in the state
     parts        tokenize (the prompt handed over: text to ids, and their check), graph (inside
                  graph calls), sample (logits to tokens), detokenize (tokens to text)
@@ -31,6 +32,7 @@ class Request:
 
     begun: int
     tokens: tuple[int, ...]
+    iterations: tuple[int, ...]
     arrivals: tuple[int, ...]
     prefill_ns: int
     parts: dict[str, int]
@@ -64,7 +66,7 @@ def request(model: Model, work: Work) -> Request:
             session.append(work.depth)
         graph_before = session.execution.graph_ns
         begun = clock()
-        stream = session.stream(work.prompt, work.params)
+        stream = session.stream(work.prompt, model.sampling(work.params))
         taken = clock()
         for _ in stream:
             arrivals.append(clock() - begun)
@@ -84,6 +86,7 @@ def request(model: Model, work: Work) -> Request:
         return Request(
             begun=begun,
             tokens=tokens,
+            iterations=tuple(timings.iterations),
             arrivals=tuple(arrivals),
             prefill_ns=round(timings.prefill_s * 1e9),
             parts=parts,

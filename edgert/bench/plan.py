@@ -40,6 +40,7 @@ class Plan:
     n_depth: int = 0  # tokens in the state before the prompt
     repeats: int = 5
     warmup: int = 1
+    halt: str | None = None  # when a loop ends for a token of the answer
 
     def __post_init__(self) -> None:
         for name, low in (("n_prompt", 1), ("n_gen", 1), ("repeats", 1), ("n_depth", 0)):
@@ -66,7 +67,9 @@ class Work:
 
     @property
     def params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=self.plan.n_gen, temperature=0.0, ignore_eos=True)
+        return SamplingParams(
+            max_tokens=self.plan.n_gen, temperature=0.0, ignore_eos=True, halt=self.plan.halt
+        )
 
     @property
     def sha256(self) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgert._version import __version__
 from edgert.bench import facts, power
 from edgert.bench.measure import PARTS, Request
@@ -63,13 +65,14 @@ def declared(model: Model, work: Work, *, device: str, prepack: bool) -> Result:
         "n_threads": int(threads) if threads.isdigit() else None,
         "n_cpus": len(os.sched_getaffinity(0)),
         "low_memory": not prepack,
+        "iterations": runner.loop.iterations if runner.loop else 1,
         "n_batch": 1,
         "n_prompt": plan.n_prompt,
         "n_gen": plan.n_gen,
         "n_depth": plan.n_depth,
         "repeats": plan.repeats,
         "warmup": plan.warmup,
-        "sampling": {"temperature": 0.0, "ignore_eos": True},
+        "sampling": {"temperature": 0.0, "ignore_eos": True, "halt": work.params.halt},
         "prompt_source": work.source,
         "prompt_sha256": work.sha256,
         "cache_state": "warm" if plan.warmup else "model loaded, nothing warmed up",
@@ -87,12 +90,16 @@ def measured(
     cold: Mapping[str, Any] | None,
     verified: Verified,
     model_size: int,
+    iterations: int,
 ) -> Result:
-    """The figures. Times are in milliseconds, those of `samples_ns` and the like in nanoseconds."""
+    """The figures. `iterations` is the full depth of the model's loop, 1 without one.
+
+    Times are in milliseconds, those of `samples_ns` and the like in nanoseconds."""
     plan = work.plan
     walls = [one.wall_ns for one in timed]
     decode = [sum(one.between_ns) for one in timed]
     state = max(one.state_bytes for one in timed)
+    steps = [float(n) for one in timed for n in one.iterations]
     return {
         # The top level has llama-bench's generation test, `prefill` its prompt test.
         **rates(plan.n_gen - 1, decode),
@@ -105,8 +112,8 @@ def measured(
         "cold_start_ms": dict(cold) if cold else None,
         "memory": _memory(memory, model_size, state),
         "state_bytes": state,
-        "steps_taken": None,  # of a loop in the program, which this model does not have
-        "halt_rate": None,
+        "steps_taken": summary(steps) if iterations > 1 else None,
+        "halt_rate": float(np.mean(np.less(steps, iterations))) if iterations > 1 else None,
         "output_sha256": verified.sha256,
         "verified": True,
         "reference": {

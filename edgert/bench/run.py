@@ -34,6 +34,7 @@ class Placement:
     device: str = "auto"
     precision: str | None = None
     lowering: str | None = None
+    variant: str | None = None
     threads: int = 0
     prepack: bool = True
 
@@ -81,17 +82,17 @@ def bench(
     reporter, p = reporter or Reporter(), placement
     bundle = Bundle.open(path, "stamp", hashed)
     manifest = bundle.manifest
-    variant = choose_variant(manifest, p.device, p.precision, p.lowering)
+    variant = choose_variant(manifest, p.device, p.precision, p.lowering, p.variant)
     spec = manifest.tokenizer
     file = bundle.path(spec.file) if spec and spec.file else None
     work = make_work(plan, manifest, load_tokenizer(spec, file) if spec else None)
     started = _cold(path, variant, work, p, reporter) if cold else None
-    with _load(path, bundle, variant, p) as model:
+    with _load(path, variant, p) as model:
         timed = time_requests(model, work, device=p.device, prepack=p.prepack, reporter=reporter)
     reference = reference_variant(bundle, variant, p.device)
     with reporter.stage("verifying", f"by {reference}, whole sequence at once"):
         mapped = Placement(p.device, threads=p.threads, prepack=False)
-        with _load(path, bundle, reference, mapped) as model:
+        with _load(path, reference, mapped) as model:
             verified = verify(model, work, timed, started, expected)
     return put_together(timed, work, started, verified)
 
@@ -109,16 +110,8 @@ def _cold(path: Path, variant: str, work: Work, p: Placement, reporter: Reporter
         )
 
 
-def _load(path: Path, bundle: Bundle, variant: str, p: Placement) -> Model:
-    chosen = bundle.manifest.variants[variant]
-    return load(
-        path,
-        p.device,
-        precision=chosen.precision,
-        lowering=chosen.lowering,
-        threads=p.threads,
-        prepack=p.prepack,
-    )
+def _load(path: Path, variant: str, p: Placement) -> Model:
+    return load(path, p.device, variant=variant, threads=p.threads, prepack=p.prepack)
 
 
 def reference_variant(bundle: Bundle, variant: str, device: str) -> str:
@@ -183,7 +176,10 @@ def verify(
     expected: Expected | None = None,
 ) -> Verified:
     """Every check of the answer. Raises GateFailed with the first one that fails."""
-    verified = check_reference(reference, work, timed.answer, margin=margin_of(reference))
+    one = timed.requests[0]
+    verified = check_reference(
+        reference, work, one.tokens, one.iterations, margin=margin_of(reference)
+    )
     if started and not work.depth and started["token"] != timed.answer[0]:
         raise GateFailed(
             f"a fresh process answered with token {started['token']}, the timed requests with "
@@ -200,7 +196,6 @@ def put_together(
     timed: Timed, work: Work, started: dict[str, Any] | None, verified: Verified
 ) -> Result:
     """The JSON object. It takes a `Verified`: there are no figures without one."""
-    figures = measured(
-        timed.requests, work, timed.memory, started, verified, timed.declared["model_size"]
-    )
+    size, iterations = timed.declared["model_size"], timed.declared["iterations"]
+    figures = measured(timed.requests, work, timed.memory, started, verified, size, iterations)
     return timed.declared | figures | timed.power

@@ -8,16 +8,18 @@ one, asked after each token for the next one.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgert.bench.plan import Work, digest
 from edgert.errors import EdgertError, GateFailed
 from edgert.files import read_regular
+from edgert.halting import Halt
 from edgert.model import Model
-from edgert.runner import SCORE_CHUNK
+from edgert.runner import SCORE_CHUNK, Execution
 
 MARGIN = 1e-3
 """Lead of the best logit over the second below which two correct paths may differ."""
@@ -55,10 +57,17 @@ def check_repeats(answers: Sequence[Sequence[int]]) -> str:
 
 
 def check_reference(
-    model: Model, work: Work, answer: Sequence[int], *, margin: float = MARGIN
+    model: Model,
+    work: Work,
+    answer: Sequence[int],
+    iterations: Sequence[int] = (),
+    *,
+    margin: float = MARGIN,
 ) -> Verified:
     """Compare an answer with what `model` says when it reads depth, prompt and answer at once.
 
+    iterations  of its tokens after the first: where the loop ended early, the reference reads
+                token by token, each to the same depth
     Memory: the logits of SCORE_CHUNK positions. Raises GateFailed for the first token that differs
     where the lead exceeds the margin, and if there is no such place at all; OutOfMemory.
     """
@@ -70,41 +79,57 @@ def check_reference(
             for _ in execution.feed(np.asarray(prompt[:-1], np.int64), chunk=SCORE_CHUNK):
                 pass
         fed = np.asarray([prompt[-1], *answer[:-1]], np.int64)  # what each token was chosen behind
-        logits = np.empty((min(SCORE_CHUNK, len(fed)), model.manifest.vocab_size), np.float32)
-        for start in range(0, len(fed), SCORE_CHUNK):
-            part = fed[start : start + SCORE_CHUNK]
-            execution.score(part, logits[: len(part)])
-            for i in range(len(part)):
-                best, lead = _best(logits[i])
-                token, place = answer[start + i], start + i
-                if not lead > margin:
-                    unclear += 1
-                elif token == best:
-                    compared += 1
-                else:
-                    raise GateFailed(
-                        f"token {place} of the timed answer is {token}, the reference says {best} "
-                        f"with a lead of {lead:.3g}: what was timed is not this model",
-                        where=f"reference: {_path(model)}",
-                        do="export the bundle again, or report the backend and its version",
-                    )
+        early = work.plan.halt is not None
+        logits = _stepped(execution, fed, iterations) if early else _scored(execution, fed)
+        for place, (token, row) in enumerate(zip(answer, logits, strict=True)):
+            best, lead = _best(row)
+            if not lead > margin:
+                unclear += 1
+            elif token == best:
+                compared += 1
+            else:
+                raise GateFailed(
+                    f"token {place} of the timed answer is {token}, the reference says {best} "
+                    f"with a lead of {lead:.3g}: what was timed is not this model",
+                    where=f"reference: {_path(model, early)}",
+                    do="export the bundle again, or report the backend and its version",
+                )
     finally:
         execution.close()
     if not compared:
         raise GateFailed(
             f"none of the {len(answer)} tokens can be verified: the reference's best logit never "
             f"leads by more than {margin:g}",
-            where=f"reference: {_path(model)}",
+            where=f"reference: {_path(model, early)}",
             do="measure with a longer answer (-n)",
         )
-    return Verified(_path(model), compared, unclear, margin, digest(answer))
+    return Verified(_path(model, early), compared, unclear, margin, digest(answer))
 
 
-def _path(model: Model) -> str:
-    return f"{model.runner.variant_name}, whole sequence at once"
+def _scored(execution: Execution, fed: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+    """The logits behind each token, read in chunks."""
+    for start in range(0, len(fed), SCORE_CHUNK):
+        part = fed[start : start + SCORE_CHUNK]
+        logits = np.empty((len(part), execution.runner.manifest.vocab_size), np.float32)
+        execution.score(part, logits)
+        yield from logits
 
 
-def _best(logits: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> tuple[int, float]:
+def _stepped(
+    execution: Execution, fed: NDArray[np.int64], iterations: Sequence[int]
+) -> Iterator[NDArray[np.float32]]:
+    """The same token by token; all but the first, which ends the prompt, to a given depth."""
+    for token, depth in zip(fed.tolist(), (None, *iterations), strict=True):
+        halt = None if depth is None else Halt(least=depth, most=depth)
+        yield execution.step(token, halt).logits[0, 0]
+
+
+def _path(model: Model, early: bool) -> str:
+    how = "token by token, each as deep" if early else "whole sequence at once"
+    return f"{model.runner.variant_name}, {how}"
+
+
+def _best(logits: NDArray[np.float32]) -> tuple[int, float]:
     """The best token and its lead over the second; a lead of 0 where a logit is not a number."""
     if logits.size < 2 or np.isnan(logits).any():
         return int(logits.argmax()), 0.0

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import click
 
-from edgert.cli import health, make, measure, sessions, talk, use
+from edgert.cli import health, make, measure, sessions, talk, train, use
 from edgert.errors import EdgertError, OutOfMemory, UsageError
 
 INTERRUPTED = 130
@@ -44,6 +44,7 @@ def cli(ctx: click.Context) -> None:
 
 
 for command in (
+    train.train,
     make.export,
     talk.run,
     talk.chat,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgert.cli.options import F, as_json, common, option, placement
+from edgert.cli.options import F, as_json, common, halt, option, placement
 from edgert.cli.show import LABEL, TerminalReporter, hashing, progress_bar
 from edgert.progress import Advance
 
@@ -50,6 +50,7 @@ def count(*names: str, least: int, default: int, help: str) -> Callable[[F], F]:
     metavar="FILE.html",
     help="Write a page with plots; it opens without a network.",
 )
+@halt
 @placement
 @as_json
 @common
@@ -73,11 +74,13 @@ def bench(bundle: Path, **given: Any) -> None:
         n_depth=given["depth"],
         repeats=given["repeats"],
         warmup=given["warmup"],
+        halt=given["halt"],
     )
     chosen = Placement(
         given["device"],
         given["precision"],
         given["lowering"],
+        given["variant"],
         given["threads"],
         not given["low_memory"],
     )

@@ -44,6 +44,7 @@ placement = stacked(
     option("--device", default="auto", metavar="NAME", help="auto or cpu.", show_default=True),
     option("--precision", metavar="NAME", help="A precision of the bundle (default: its best)."),
     option("--lowering", metavar="NAME", help="ort or portable (default: the device's fastest)."),
+    option("--variant", metavar="NAME", help="One of the variants that `edgert inspect` lists."),
     option(
         "--threads",
         type=click.IntRange(0, 1024),
@@ -84,6 +85,13 @@ def key_options(given: dict[str, Any]) -> dict[str, Any]:
     return {"key_file": given["key_file"], "passphrase": passphrase}
 
 
+halt = option(
+    "--halt",
+    metavar="POLICY",
+    help="When a loop ends for a token: full, fixed:N, settle:T[:MIN[:MAX]], or auto, which "
+    "`edgert halt` recommends (default: full).",
+)
+
 sampling = stacked(
     option("-n", "--max-tokens", type=int, metavar="N", help="Longest answer (default: 128)."),
     option(
@@ -110,10 +118,11 @@ sampling = stacked(
     ),
     option("--ignore-eos", is_flag=True, default=None, help="Go on behind the end token."),
     option("--deadline-ms", type=float, metavar="MS", help="Stop after so much time."),
+    halt,
 )
 SAMPLING = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("logprobs", "seed", "ignore_eos", "deadline_ms"),
+    *("logprobs", "seed", "ignore_eos", "deadline_ms", "halt"),
 )
 
 

@@ -153,7 +153,7 @@ def fork(file: Path, bundle: Path | None, output: Path, **given: Any) -> None:
 def _resumed(file: Path, bundle: Path | None, keys: dict[str, Any]) -> Session:
     from edgert.cli.talk import resumed
 
-    unset = dict.fromkeys(("precision", "lowering", "threads", "low_memory"))
+    unset = dict.fromkeys(("precision", "lowering", "variant", "threads", "low_memory"))
     loading = {"device": "auto", "quiet": True, **unset}
     return resumed(file, bundle, loading, keys)
 

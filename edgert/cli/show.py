@@ -68,6 +68,29 @@ def progress_bar(total: int | None, unit_bytes: bool = False) -> Progress:
     )
 
 
+def training_bar() -> Progress:
+    """A bar on stderr with a task's `facts` and the time left, erased when done."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
 class TerminalReporter(Reporter):
     """Lines 'label  text' on stderr; a bar while a stage runs, its duration when it is done."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from edgert.cli.options import BUNDLE, as_json, common
 from edgert.cli.show import hashing, print_json, size
 
 if TYPE_CHECKING:
-    from edgert.spec import Manifest
+    from edgert.spec import Manifest, Wire
 
 MAX_PARITY_BYTES = 1 << 20
 
@@ -125,13 +126,16 @@ def _plain(value: Any) -> str:
 
 def _parts(manifest: Manifest) -> list[str | None]:
     program = manifest.program
-    return [program.prologue, program.body and f"({program.body})×n", program.epilogue]
+    times = program.loop.iterations if program.loop else "n"
+    return [program.prologue, program.body and f"({program.body})×{times}", program.epilogue]
 
 
-def _ends(endpoints: Any) -> str:
+def _ends(wires: Iterable[Wire]) -> str:
     """'ids, lens, k.0‥29, v.0‥29': endpoints without their kind, numbered ones as a range."""
+    from edgert.spec import endpoints
+
     groups: dict[str, list[str]] = {}
-    for endpoint in endpoints:
+    for endpoint in (end for wire in wires for end in endpoints(wire)):
         name = endpoint.split(".", 1)[1]
         stem, _, number = name.rpartition(".")
         groups.setdefault(stem if number.isdigit() else name, []).append(number)

@@ -245,6 +245,7 @@ def check_bundle(
             for name, body in checks.items():
                 verdict.checks.append(gate.run(name, body))
                 advance(1)
-        runner.graph.close()
+        for graph in runner.graphs.values():
+            graph.close()
     backend.close()
     return verdict

@@ -14,7 +14,7 @@ import torch
 
 from edgert.errors import EdgertError
 from edgert.models.program import Program, TracedGraph
-from edgert.spec import Lowering, TensorSpec
+from edgert.spec import Lowering, TensorSpec, Wire, endpoint_at
 
 OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) parses
 IR_VERSION = 10  # ONNX Runtime 1.23 reads up to 11
@@ -27,13 +27,17 @@ _BOUNDS = {"min": 2, "max": 1 << 20}
 faster. The graphs are the same but for names inside, and take an axis of 1: the gate proves it."""
 
 
-def endpoint_spec(program: Program, endpoint: str) -> TensorSpec:
+def endpoint_spec(program: Program, wire: Wire) -> TensorSpec:
     """dtype and shape of what an endpoint carries."""
-    kind, _, name = endpoint.partition(".")
+    kind, _, name = endpoint_at(wire, 0).partition(".")
     if kind == "state":
         state = program.states[name]
         return TensorSpec(state.dtype, state.shape)
-    return {"input": program.inputs, "result": program.results}[kind][name]
+    if kind == "loop":
+        return TensorSpec("int64", ())
+    loop = program.parts.loop
+    tables = {"input": program.inputs, "result": program.results, "value": loop and loop.values}
+    return (tables[kind] or {})[name]
 
 
 def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:

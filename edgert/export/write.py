@@ -32,12 +32,16 @@ DEFAULT_LOWERINGS: tuple[Lowering, ...] = ("ort", "portable")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to make of a source. `sampling` are the bundle's defaults, over the source's own."""
+    """What to make of a source. `sampling` are the bundle's defaults, over the source's own.
+
+    unrolled  add variants with a loop unrolled in one graph
+    """
 
     precision: str = "fp32"
     lowerings: tuple[Lowering, ...] = DEFAULT_LOWERINGS
     sampling: dict[str, Any] | None = None
     name: str | None = None
+    unrolled: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -82,7 +86,7 @@ def export_bundle(
     program = program_of(source.model)
     lowerings = _feasible(program, options.lowerings, reporter)
     with workshop(out) as work:
-        variants = _write_graphs(work, program, source, options.precision, lowerings, reporter)
+        variants = _write_graphs(work, program, options, lowerings, reporter)
         manifest = _manifest(work, program, source, options, variants)
         _write_sealed(work, manifest)
         verdict = check_bundle(work, program, options.precision, reporter)
@@ -111,32 +115,38 @@ def _feasible(
 def _write_graphs(
     work: Path,
     program: Program,
-    source: Imported,
-    precision: str,
+    options: ExportOptions,
     lowerings: tuple[Lowering, ...],
     reporter: Reporter,
 ) -> dict[str, VariantSpec]:
     """Every graph in every lowering, over one weights file."""
+    precision = options.precision
     folder = work / "variants" / precision
     folder.mkdir(parents=True)
     variants: dict[str, VariantSpec] = {}
+    forms = {"": program.graphs}
+    if options.unrolled and program.unrolled is not None:
+        forms["-unrolled"] = (program.unrolled,)
     with WeightsFile(folder / "weights.data") as weights:
         for lowering in lowerings:
-            specs: dict[str, GraphSpec] = {}
-            opsets: dict[str, int] = {}
-            for graph in program.graphs:
-                with reporter.stage("tracing", f"{graph.name} ({lowering})"):
-                    model = trace(program, graph, lowering)
-                check_weights(model, source.model, f"{graph.name} ({lowering})")
-                strip(model)
-                weights.externalize(model)
-                file = folder / f"{graph.name}-{lowering}.onnx"
-                ir.save(model, file)
-                opsets |= {domain or "ai.onnx": v for domain, v in model.opset_imports.items()}
-                relative = file.relative_to(work).as_posix()
-                data = (f"variants/{precision}/{weights.path.name}",)
-                specs[graph.name] = GraphSpec(relative, data, graph.inputs, graph.outputs)
-            variants[f"{precision}-{lowering}"] = VariantSpec(precision, lowering, opsets, specs)
+            for form, graphs in forms.items():
+                specs: dict[str, GraphSpec] = {}
+                opsets: dict[str, int] = {}
+                for graph in graphs:
+                    name = f"{graph.name}-{lowering}{form}"
+                    with reporter.stage("tracing", f"{graph.name}{form} ({lowering})"):
+                        model = trace(program, graph, lowering)
+                    check_weights(model, program.weights, name)
+                    strip(model)
+                    weights.externalize(model)
+                    file = folder / f"{name}.onnx"
+                    ir.save(model, file)
+                    opsets |= {domain or "ai.onnx": v for domain, v in model.opset_imports.items()}
+                    relative = file.relative_to(work).as_posix()
+                    data = (f"variants/{precision}/{weights.path.name}",)
+                    specs[graph.name] = GraphSpec(relative, data, graph.inputs, graph.outputs)
+                variant = VariantSpec(precision, lowering, opsets, specs)
+                variants[f"{precision}-{lowering}{form}"] = variant
         nbytes = weights.nbytes
     reporter.line("weights", f"{precision}, {nbytes / 1e6:.1f} MB, one file for all lowerings")
     return variants
@@ -178,6 +188,7 @@ def _manifest(
         provenance=source.provenance
         | {"exporter": f"edgert {__version__}", "torch": torch.__version__.split("+")[0]},
         requires={"onnxruntime": ">=1.23"},
+        format_version=1 if program.parts.loop is None else 2,
     )
 
 

@@ -55,5 +55,8 @@ PAIRS = {
 def square(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., 8] times itself -> grade 0 [...] and grade 2 [..., 3] (e12, e13, e23)."""
     scalar = (x * x * x.new_tensor([float(s) for s in SQUARE_SIGNS])).sum(-1)
-    bivector = [2 * sum(s * x[..., a] * x[..., b] for a, b, s in terms) for terms in PAIRS.values()]
+    bivector = []
+    for one, other in PAIRS.values():
+        first, second = (s * x[..., a] * x[..., b] for a, b, s in (one, other))
+        bivector.append(2 * (first + second))
     return scalar, torch.stack(bivector, dim=-1)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgert.models.block import Block, stack
-from edgert.models.layers import Eager, Heads, Ort, Portable, Stateful, Step, rope_tables
-from edgert.models.program import Program, Reference, TracedGraph
-from edgert.spec import DECODER_INPUTS, Lowering, ProgramSpec, StateSpec, decoder_results
+from edgert.models.layers import FORMS, Eager, Heads, Ort, Stateful, Step, rope_tables
+from edgert.models.program import Program, TracedGraph, counted, kv_states, references
+from edgert.spec import DECODER_INPUTS, ProgramSpec, Wire, decoder_results
 
 
 @dataclass(frozen=True)
@@ -104,61 +104,36 @@ class DecodeGraph(nn.Module):
         return logits, logits.argmax(-1), *step.present()
 
 
-FORMS: dict[Lowering, type[Stateful]] = {"ort": Ort, "portable": Portable}
-
-
 def graphs(model: Decoder) -> Program:
     """The program of a dense decoder: no loop, so all of it is the epilogue, `decode`."""
     c = model.config
-    kv = StateSpec(
-        kind="append",
-        dtype="float32",
-        shape=("batch", c.num_kv_heads, "capacity", c.head_size),
-        axis="capacity",
-        counter="lens",
-    )
-    slots = [f"{part}.{slot}" for slot in range(c.num_layers) for part in ("k", "v")]
-    states = {"lens": StateSpec(kind="counter", dtype="int64", shape=("batch",))}
-    states |= {name: kv for name in slots}
-    inputs = {"ids": "input.ids", "select": "input.select", "lens": "state.lens"}
-    outputs = {"logits": "result.logits", "token": "result.token"}
+    slots: dict[str, Wire] = {
+        f"{part}.{slot}": f"state.{part}.{slot}"
+        for slot in range(c.num_layers)
+        for part in ("k", "v")
+    }
+    inputs: dict[str, Wire] = {"ids": "input.ids", "select": "input.select", "lens": "state.lens"}
+    outputs: dict[str, Wire] = {"logits": "result.logits", "token": "result.token"}
     parameters = sum(p.numel() for p in model.parameters())
     refusal = Ort.refusal(c.heads)
     return Program(
-        summary=f"dense decoder, {c.num_layers} blocks, {_count(parameters)} parameters",
+        summary=f"dense decoder, {c.num_layers} blocks, {counted(parameters)} parameters",
         parts=ProgramSpec(epilogue="decode"),
         inputs=DECODER_INPUTS,
         results=decoder_results(c.vocab_size),
-        states=states,
+        states=kv_states(c.num_layers, c.heads),
         graphs=(
             TracedGraph(
                 "decode",
                 lambda lowering: DecodeGraph(model, FORMS[lowering]),
-                inputs | {name: f"state.{name}" for name in slots},
-                outputs | {f"{name}.next": f"state.{name}" for name in slots},
+                inputs | slots,
+                outputs | {f"{name}.next": end for name, end in slots.items()},
             ),
         ),
         vocab_size=c.vocab_size,
         context=c.context,
-        reference=lambda ids: reference(model, ids),
+        reference=lambda ids: references(model, ids, c.num_layers),
         parameters=parameters,
+        weights=model,
         refusals={"ort": refusal} if refusal else {},
     )
-
-
-def _count(number: int) -> str:
-    """45728 -> '45.7k', 134515008 -> '134.5M'."""
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}k"
-
-
-def reference(model: Decoder, ids: Tensor) -> Reference:
-    """Eager torch over whole sequences ids int64 [B, T]."""
-    with torch.no_grad():
-        step = model.eager(ids.shape[1])
-        logits = model(ids, step)
-    states = {
-        f"{part}.{slot}": kept[slot]
-        for slot in range(model.config.num_layers)
-        for part, kept in (("k", step.k), ("v", step.v))
-    }
-    return Reference(states, logits)

@@ -8,9 +8,14 @@ from typing import Any
 from torch import nn
 
 from edgert.models import decoder
+from edgert.models.hagi.graphs import graphs as hagi_graphs
+from edgert.models.hagi.model import HAGI
 from edgert.models.program import Program
 
-FAMILIES: dict[type[nn.Module], Callable[[Any], Program]] = {decoder.Decoder: decoder.graphs}
+FAMILIES: dict[type[nn.Module], Callable[[Any], Program]] = {
+    decoder.Decoder: decoder.graphs,
+    HAGI: hagi_graphs,
+}
 """The class of a family's model -> what makes its program."""
 
 

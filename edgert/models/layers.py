@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgert.spec import Lowering
+
 MASKED = -30000.0
 """Added to the scores of forbidden keys: exp() of it is 0 in fp32, and it fits into fp16."""
 
@@ -143,10 +145,11 @@ class Stateful(Step):
     ) -> None:
         super().__init__(heads)
         self.past_k, self.past_v = past[0::2], past[1::2]
-        self.positions = lens[:, None] + torch.arange(tokens, dtype=torch.int64)  # [B, T]
         self.cos, self.sin = cos, sin
         self.turns: tuple[Tensor, Tensor] | None = None
-        self.prepare(lens, tokens, past)
+        if past:  # a stage may be without attention
+            self.positions = lens[:, None] + torch.arange(tokens, dtype=torch.int64)  # [B, T]
+            self.prepare(lens, tokens, past)
 
     @abstractmethod
     def prepare(self, lens: Tensor, tokens: int, past: Sequence[Tensor]) -> None:
@@ -272,3 +275,6 @@ class Ort(Stateful):
             version=1,
         )
         return out
+
+
+FORMS: dict[Lowering, type[Stateful]] = {"ort": Ort, "portable": Portable}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
-from edgert.spec import Lowering, ProgramSpec, StateSpec, TensorSpec
+from edgert.models.layers import Eager, Heads
+from edgert.spec import Lowering, ProgramSpec, StateSpec, TensorSpec, Wire
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,8 @@ class TracedGraph:
 
     name: str
     module: Callable[[Lowering], nn.Module]
-    inputs: dict[str, str]  # graph input -> endpoint
-    outputs: dict[str, str]  # graph output -> endpoint
+    inputs: dict[str, Wire]  # graph input -> endpoint
+    outputs: dict[str, Wire]  # graph output -> endpoint
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Program:
-    """A model as graphs over named state. The order of `states` is the slot order."""
+    """A model as graphs over named state. The order of `states` is the slot order.
+
+    unrolled  a program with a loop in one graph, under the name of the epilogue
+    weights   the module that all large initializers of the graphs come from
+    """
 
     summary: str
     parts: ProgramSpec
@@ -42,4 +49,45 @@ class Program:
     context: int
     reference: Callable[[Tensor], Reference]
     parameters: int
+    weights: nn.Module
     refusals: dict[Lowering, str]  # lowerings this geometry has no kernels for, and why
+    unrolled: TracedGraph | None = None
+
+
+def kv_states(slots: int, heads: Heads) -> dict[str, StateSpec]:
+    """The counter, then keys and values of each slot."""
+    kv = StateSpec(
+        kind="append",
+        dtype="float32",
+        shape=("batch", heads.kv, "capacity", heads.size),
+        axis="capacity",
+        counter="lens",
+    )
+    lens = StateSpec(kind="counter", dtype="int64", shape=("batch",))
+    return {"lens": lens} | {f"{part}.{slot}": kv for slot in range(slots) for part in ("k", "v")}
+
+
+class Scorer(Protocol):
+    """A model that scores whole sequences."""
+
+    def eager(self, tokens: int) -> Eager: ...
+
+    def __call__(self, ids: Tensor, step: Eager) -> Tensor: ...
+
+
+def references(model: Scorer, ids: Tensor, slots: int) -> Reference:
+    """Eager torch over whole sequences ids int64 [B, T]."""
+    with torch.no_grad():
+        step = model.eager(ids.shape[1])
+        logits = model(ids, step)
+    states = {
+        f"{part}.{slot}": kept[slot]
+        for slot in range(slots)
+        for part, kept in (("k", step.k), ("v", step.v))
+    }
+    return Reference(states, logits)
+
+
+def counted(number: int) -> str:
+    """45728 -> '45.7k', 134515008 -> '134.5M'."""
+    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.1f}k"

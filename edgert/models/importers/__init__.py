@@ -4,6 +4,7 @@ What a path holds is decided by its content, never by its name:
 
     HAGI checkpoint   a zip written by torch.save      published.py
     GGUF              architecture llama               gguf.py
+    folder            config.json of `edgert train`, or a run's step-* folders    trained.py
     folder            config.json + safetensors        huggingface.py
 
 docs/sources.md says what each of them may hold and what is refused.
@@ -55,8 +56,10 @@ def _read(path: Path, context: int | None, progress: Progress | None) -> Importe
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise UsageError(f"{error.strerror}: {path}", do=ACCEPTED) from error
     if is_folder:
-        from edgert.models.importers import huggingface
+        from edgert.models.importers import huggingface, trained
 
+        if trained.recognised(path):
+            return trained.load(path, context=context, progress=progress)
         return huggingface.load(path, context=context, progress=progress)
     if not path.exists():
         raise UsageError(f"there is no file or folder {path}", do=ACCEPTED)

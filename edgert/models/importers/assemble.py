@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from edgert.models.block import interleave, parts
+from edgert.models.block import Block, interleave, parts
 from edgert.models.decoder import Decoder, DecoderConfig
 from edgert.models.importers.common import Problems, Progress, named
 
@@ -117,6 +117,7 @@ def build(
     elif names.head in weights.shapes() and not torch.equal(read(names.head), model.embed):
         problems.add(f"tied head: {names.head} differs from {names.embed}")
     for i, (block, block_names) in enumerate(zip(model.blocks, names.blocks, strict=True)):
+        assert isinstance(block, Block)
         for part, view in parts(block).items():
             value = read(block_names[part])
             if names.half_split and part in ("q", "k"):

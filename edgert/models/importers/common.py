@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgert.errors import BadCheckpoint, UnsupportedModel, UsageError
+from edgert.errors import BadCheckpoint, EdgertError, UnsupportedModel, UsageError
 from edgert.models.decoder import Decoder
 from edgert.models.hagi.model import HAGI
 
@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 
 ACCEPTED = (
     "accepted are: a HAGI checkpoint (step-*.pt), a GGUF file of the llama architecture, "
-    "a folder with config.json and safetensors"
+    "a folder with config.json and safetensors, a run of `edgert train`"
 )
 MAX_VOCAB = 1 << 22
 MAX_WIDTH = 1 << 18  # hidden and intermediate size
@@ -68,23 +68,24 @@ class Imported:
 
 
 class Problems:
-    """Everything wrong with one file."""
+    """Everything wrong with one file, which becomes one `error`."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, error: type[EdgertError] = BadCheckpoint) -> None:
         self.where = where
+        self.error = error
         self.found: set[str] = set()
 
     def add(self, problem: str) -> None:
         self.found.add(problem)
 
     def check(self, what: str, *, do: str | None = None) -> None:
-        """Raise BadCheckpoint with all problems so far, sorted; return if there are none."""
+        """Raise `error` with all problems so far, sorted; return if there are none."""
         if not self.found:
             return
         lines = sorted(self.found)
         if len(lines) > _LISTED:
             lines[_LISTED:] = [f"... and {len(lines) - _LISTED} more"]
-        raise BadCheckpoint("\n  - ".join([f"{what}:", *lines]), where=self.where, do=do)
+        raise self.error("\n  - ".join([f"{what}:", *lines]), where=self.where, do=do)
 
 
 class Fields:

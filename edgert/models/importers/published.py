@@ -12,6 +12,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,19 @@ HEAD = "lm_head.weight"
 """A second name for the tied embedding; it may be absent."""
 
 
-def load(path: Path, *, context: int | None, progress: Progress | None) -> Imported:
-    """Read one checkpoint. Raises BadCheckpoint, UnsupportedModel."""
+@dataclass(frozen=True)
+class Published:
+    """One file as it is. `state` maps plain names to float32 tensors; `optimizer` is unchecked."""
+
+    config: HAGIConfig
+    unknown: list[str]
+    state: dict[str, Tensor]
+    step: int
+    optimizer: Any
+
+
+def read(path: Path, context: int | None = None) -> Published:
+    """Read one checkpoint without making a model. Raises BadCheckpoint, UnsupportedModel."""
     _check_zip(path)
     content = _unpickle(path)
     problems = Problems(str(path))
@@ -63,13 +75,20 @@ def load(path: Path, *, context: int | None, progress: Progress | None) -> Impor
     config, unknown = read_config(content.get("config"), problems, context)
     problems.check("not a HAGI checkpoint that can be read")
     _refuse_redesign(state, str(path))
-    model = assemble(config, state, problems, path.stat().st_size, progress)
+    return Published(config, unknown, state, step, content.get("optimizer"))
+
+
+def load(path: Path, *, context: int | None, progress: Progress | None) -> Imported:
+    """Read one checkpoint. Raises BadCheckpoint, UnsupportedModel."""
+    found = read(path, context)
+    problems = Problems(str(path))
+    model = assemble(found.config, found.state, problems, path.stat().st_size, progress)
     notes = []
-    if unknown:
-        notes.append(f"unknown config fields, ignored: {named(unknown)}")
+    if found.unknown:
+        notes.append(f"unknown config fields, ignored: {named(found.unknown)}")
     return Imported(
         model=model,
-        name=f"hagi-{config.letter.lower()}",
+        name=f"hagi-{found.config.letter.lower()}",
         tokenizer_json=None,
         chat_template=None,
         bos=None,
@@ -80,7 +99,7 @@ def load(path: Path, *, context: int | None, progress: Progress | None) -> Impor
             "file": path.name,
             "sha256": sha256(path),
             "rotary_order": INTERLEAVED,
-            "step": step,
+            "step": found.step,
         },
         notes=tuple(notes),
     )
@@ -223,17 +242,24 @@ def _state(content: Mapping[str, Any], problems: Problems) -> dict[str, Tensor]:
 
 
 def read_config(
-    raw: Any, problems: Problems, context: int | None = None
+    raw: Any,
+    problems: Problems,
+    context: int | None = None,
+    *,
+    name: str = "config",
+    wrong: str = "not a HAGI checkpoint that can be read",
 ) -> tuple[HAGIConfig, list[str]]:
     """A published `config` -> its meaning, and its unknown fields.
 
-    Absent fields have the defaults of the published dataclasses. Raises BadCheckpoint with all
-    problems at once.
+    name   what messages call the config
+    wrong  the first line of the error
+    Absent fields have the defaults of the published dataclasses. Raises the error of `problems`
+    with all of them at once.
     """
     if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
-        problems.add(f"config is {shown(raw)}, not a dict with text keys")
-        problems.check("not a HAGI checkpoint that can be read")
-    top = Fields(raw, problems, "config.")
+        problems.add(f"{name} is {shown(raw)}, not a dict with text keys")
+        problems.check(wrong)
+    top = Fields(raw, problems, f"{name}.")
     inner = top.section("transformer", {})
     vocab = top.integer("vocab_size", 32000, high=MAX_VOCAB)
     hidden = top.integer("hidden_size", 768, high=MAX_WIDTH)
@@ -251,26 +277,26 @@ def read_config(
     split = _grades(grades)
     if hidden != width:
         problems.add(
-            f"config.hidden_size {hidden} and config.transformer.hidden_size {width} differ"
+            f"{name}.hidden_size {hidden} and {name}.transformer.hidden_size {width} differ"
         )
     if width % heads or width // heads % 2:
         problems.add(
-            f"config.transformer.hidden_size {width} does not divide into "
+            f"{name}.transformer.hidden_size {width} does not divide into "
             f"{heads} heads of an even size"
         )
     if heads % kv_heads:
         problems.add(
-            f"config.transformer.num_query_heads {heads} is not divisible by "
+            f"{name}.transformer.num_query_heads {heads} is not divisible by "
             f"num_kv_heads {kv_heads}"
         )
     if not perception + reasoning + expression:
-        problems.add("config.perception_layers, reasoning_layers and expression_layers are all 0")
+        problems.add(f"{name}.perception_layers, reasoning_layers and expression_layers are all 0")
     if use_gdr and split.read + split.residual != hidden:
         problems.add(
-            f"config.grades sum to {split.read + split.residual}, config.hidden_size is {hidden}"
+            f"{name}.grades sum to {split.read + split.residual}, {name}.hidden_size is {hidden}"
         )
     if use_gdr and split.vector % BLADES:
-        problems.add(f"config.grades.vector {split.vector} is not a multiple of {BLADES}")
+        problems.add(f"{name}.grades.vector {split.vector} is not a multiple of {BLADES}")
     config = HAGIConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -290,10 +316,10 @@ def read_config(
         ce_chunk_size=top.integer("ce_chunk_size", 0, low=0, high=1 << 30),
         grades=split,
     )
-    problems.check("not a HAGI checkpoint that can be read")
+    problems.check(wrong)
     if perception + expression + config.iterations * reasoning > MAX_LAYERS:
-        problems.add(f"config.loop_count {loops} makes {config.slots} attentions of the blocks")
-        problems.check("not a HAGI checkpoint that can be read")
+        problems.add(f"{name}.loop_count {loops} makes {config.slots} attentions of the blocks")
+        problems.check(wrong)
     context = choose_context(context, published, config.heads.size, problems.where)
     unknown = sorted(top.unknown() + inner.unknown() + grades.unknown())
     return dataclasses.replace(config, context=context), unknown

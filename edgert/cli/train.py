@@ -1,0 +1,176 @@
+"""train: a recipe -> a trained model, on the build side (torch)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgert.cli.options import as_json, common, option
+from edgert.cli.show import LABEL, note, print_json
+
+if TYPE_CHECKING:
+    from edgert.train.job import Outcome, Watcher
+
+LINES = 20  # of progress where no terminal shows a bar
+
+
+@click.command(epilog="example: edgert train export/hagi-d-tiny.toml && edgert train --help")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="The run's folder (default: runs/NAME of the recipe).",
+)
+@option("--resume", is_flag=True, help="Go on from the run's newest sound checkpoint.")
+@option(
+    "--steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Stop behind step N, with a checkpoint; the schedule stays the recipe's.",
+)
+@option(
+    "--from",
+    "start",
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT",
+    help="Begin with the weights, moments and step of this checkpoint, ours or published.",
+)
+@option("--published", is_flag=True, help="Write checkpoints in the published format, too.")
+@as_json
+@common
+def train(
+    recipe: Path,
+    output: Path | None,
+    resume: bool,
+    steps: int | None,
+    start: Path | None,
+    published: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Train the model that RECIPE describes.
+
+    Checkpoints, metrics, the loss as a picture and the held-out text go to the run's folder. An
+    interrupted run (also a killed one) goes on with --resume as if nothing had happened: on the same
+    machine with the same number of threads the weights are the same, bit for bit.
+
+    The figures at the end are those of text that was held out, as `edgert eval` measures them.
+    Several processes: torchrun --nproc-per-node 2 -m edgert train RECIPE.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        from edgert.errors import MissingDependency
+
+        raise MissingDependency("torch", "train", why="models are trained in torch") from error
+    from edgert.errors import UsageError
+    from edgert.train import job
+    from edgert.train.recipe import read_recipe
+
+    if resume and start is not None:
+        raise UsageError(
+            "--resume goes on where the run stands, --from begins a new one", do="choose one"
+        )
+    parsed = read_recipe(recipe)
+    run = output or Path("runs") / parsed.name
+    outcome = job.train(
+        parsed,
+        run,
+        recipe_text=recipe.read_text(encoding="utf-8"),
+        resume=resume,
+        until=steps,
+        start=start,
+        write_published=published,
+        watcher=_watcher(quiet),
+    )
+    if not outcome.speaks:
+        return
+    for text in outcome.notes:
+        note(f"{'note':<{LABEL}}{text}", quiet=quiet)
+    if outcome.interrupted:
+        note(f"{'saved':<{LABEL}}{outcome.checkpoint}; go on with --resume", quiet=quiet)
+        raise KeyboardInterrupt
+    if as_json:
+        print_json(outcome.to_json())
+    else:
+        click.echo("\n".join(_card(outcome)))
+
+
+def _card(o: Outcome) -> list[str]:
+    speed = f", {o.tokens_per_s:,.0f} tok/s" if o.tokens_per_s else ""
+    threads = f"{o.threads} thread{'s' if o.threads > 1 else ''}"
+    rows = [
+        (
+            "trained",
+            f"{o.model}, {o.parameters:,} parameters, step {o.step:,} of {o.steps:,}"
+            f"{speed} on {threads}, {o.seconds:.0f} s",
+        )
+    ]
+    if o.first is not None:
+        rows.append(("loss", f"{o.first:.4f} at first, {o.last:.4f} at last, nats a token"))
+    if o.heldout is not None:
+        h = o.heldout
+        bits = "" if h.bits_per_byte is None else f"{h.bits_per_byte:.4f} bits per byte, "
+        rows.append(("held out", f"{bits}{h.loss:.4f} nats a token, {h.tokens:,} tokens"))
+        if h.bigram is not None:
+            rows.append(("bigram", f"{h.bigram:.4f} bits per byte on the same tokens"))
+        rows.append(
+            ("responds", f"sensitivity to input {h.sensitivity:.2f} (0: always the same answer)")
+        )
+    rows.append(("saved", str(o.checkpoint)))
+    rows.append(("picture", str(o.plot)))
+    if o.step < o.steps:
+        rows.append(("next", f"edgert train RECIPE -o {o.run} --resume"))
+    rows.append(("next", f"edgert export {o.run} -o bundles/{o.model}"))
+    return [f"{label:<{LABEL}}{text}" for label, text in rows]
+
+
+def _watcher(quiet: bool) -> Watcher:
+    """Draws a bar where someone watches, and else says a line now and then."""
+    from edgert.cli.show import TerminalReporter
+    from edgert.train.job import Watcher
+
+    class Terminal(TerminalReporter, Watcher):
+        bar: Any = None
+
+        def begin(self, done: int, steps: int, tokens_per_step: int) -> None:
+            self.steps, self.tokens, self.loss = steps, tokens_per_step, None
+            self.every = max(1, (steps - done) // LINES)
+            self.started, self.done = time.perf_counter(), done
+            if quiet or not sys.stderr.isatty():
+                return
+            from edgert.cli.show import training_bar
+
+            self.bar = training_bar()
+            self.task = self.bar.add_task("training", total=steps, completed=done, facts="")
+            self.bar.start()
+
+        def step(self, step: Any) -> None:
+            # The mean of about the last twenty steps: a single one says little.
+            self.loss = step.loss if self.loss is None else 0.95 * self.loss + 0.05 * step.loss
+            seconds = time.perf_counter() - self.started
+            speed = (step.number - self.done) * self.tokens / seconds
+            if self.bar is not None:
+                facts = f"loss {self.loss:.3f}  {speed:,.0f} tok/s"
+                self.bar.update(self.task, completed=step.number, facts=facts)
+            elif step.number % self.every == 0:
+                left = (self.steps - step.number) * seconds / (step.number - self.done)
+                self.line(
+                    "training",
+                    f"step {step.number:,} of {self.steps:,}  loss {self.loss:.4f}  "
+                    f"{speed:,.0f} tok/s  {left:.0f} s left",
+                )
+
+        def end(self) -> None:
+            if self.bar is not None:
+                self.bar.stop()
+                self.bar = None
+
+    return Terminal(quiet)

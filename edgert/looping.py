@@ -1,0 +1,159 @@
+"""One step of a program over bound buffers: prologue, body until halt, epilogue.
+
+Every iteration of the body has a binding of its own, with its own rows of keys and values and its
+index in place; a value that goes round the loop alternates between two buffers. So a step is a
+handful of calls, and nothing is copied or rebound between them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.backends.base import Binding, Buffer
+from edgert.halting import SIGNAL, Halt
+from edgert.spec import GraphSpec, endpoint_at
+from edgert.state import States, resolve
+
+if TYPE_CHECKING:
+    from edgert.runner import Runner
+
+_clock = time.perf_counter_ns
+
+
+class BoundStep:
+    """The graphs of one step shape. Without a loop there is the epilogue alone."""
+
+    def __init__(
+        self, runner: Runner, states: States, ends: Mapping[str, Buffer], axes: Mapping[str, int]
+    ) -> None:
+        self._runner, self._states = runner, states
+        self._ends = dict(ends)
+        self._pairs: dict[str, tuple[Buffer, Buffer]] = {}
+        self._change: NDArray[np.float32] | None = None
+        self._prologue: Binding | None = None
+        self._bodies: list[Binding] = []
+        parts, loop = runner.parts, runner.loop
+        if loop is None:
+            self._epilogues = [self._bind("epilogue", 0, 0)]
+            return
+        self._allocate(axes)
+        if "prologue" in parts:
+            self._prologue = self._bind("prologue", 0, 0)
+        for i in range(loop.iterations):
+            index = runner.backend.allocate("int64", ())
+            index.write(np.array(i))
+            self._ends["loop.iteration"] = index
+            self._bodies.append(self._bind("body", i, i))
+        # By the number of iterations done, odd or even: where the value is that went round.
+        self._epilogues = [self._bind("epilogue", 0, done) for done in (0, 1)]
+        self._columns = _columns(parts["body"], states)
+
+    def _allocate(self, axes: Mapping[str, int]) -> None:
+        loop, body = self._runner.loop, self._runner.parts["body"]
+        assert loop is not None
+        read, written = set(body.inputs.values()), set(body.outputs.values())
+        allocate = self._runner.backend.allocate
+        for name, spec in loop.values.items():
+            end, shape = f"value.{name}", resolve(spec.shape, axes)
+            if end in read and end in written:
+                self._pairs[end] = allocate(spec.dtype, shape), allocate(spec.dtype, shape)
+            else:
+                self._ends[end] = allocate(spec.dtype, shape)
+        for name, spec in loop.signals.items():
+            signal = allocate(spec.dtype, resolve(spec.shape, axes))
+            self._ends[f"signal.{name}"] = signal
+            if name == SIGNAL:
+                self._change = signal.host  # type: ignore[assignment]
+
+    def _bind(self, part: str, iteration: int, done: int) -> Binding:
+        """The graph of a part when `done` iterations are behind it."""
+        spec = self._runner.parts[part]
+
+        def find(end: str, turn: int) -> Buffer:
+            pair = self._pairs.get(end)
+            return self._ends[end] if pair is None else pair[turn % 2]
+
+        after = done + (part == "body")
+        return self._runner.graphs[part].bind(
+            {n: find(endpoint_at(wire, iteration), done) for n, wire in spec.inputs.items()},
+            {n: find(endpoint_at(wire, iteration), after) for n, wire in spec.outputs.items()},
+        )
+
+    def run(self, halt: Halt | None, filled: list[int], taken: NDArray[np.int64]) -> int:
+        """Run the step, and note in `taken` [batch] the iterations of each row.
+
+        filled  rows of the states before it. Returns nanoseconds inside the graphs.
+        """
+        spent, begun = 0, _clock()
+        if self._prologue is not None:
+            self._prologue.run()
+        done = 0
+        if halt is None or halt.is_full:
+            for body in self._bodies:
+                body.run()
+            done = len(self._bodies)
+            taken[:] = max(1, done)
+        else:
+            spent += _clock() - begun
+            done, inside = self._halting(halt, filled, taken)
+            spent, begun = spent + inside, _clock()
+        self._epilogues[done % 2 if self._bodies else 0].run()
+        return spent + _clock() - begun
+
+    def _halting(self, halt: Halt, filled: list[int], taken: NDArray[np.int64]) -> tuple[int, int]:
+        """The body until every row has ended, -> iterations run, nanoseconds in the graphs.
+
+        A row that ended is frozen: what the body still computes for it is put back, so that it
+        does not depend on its batch mates.
+        """
+        assert self._change is not None
+        frozen: list[tuple[int, str, NDArray[np.generic]]] = []
+        running = np.ones(len(taken), np.bool_)
+        spent, limit = 0, len(self._bodies)
+        done = 0
+        while done < limit and running.any():
+            begun = _clock()
+            self._bodies[done].run()
+            spent += _clock() - begun
+            done += 1
+            ended = running & halt.ended(done, self._change[:, 0])
+            if done == limit:
+                ended = running.copy()
+            taken[ended] = done
+            running &= ~ended
+            if running.any() and ended.any():
+                for row in np.flatnonzero(ended).tolist():
+                    for end, pair in self._pairs.items():
+                        frozen.append((row, end, pair[done % 2].read((slice(row, row + 1),))))
+        for row, end, values in frozen:
+            self._pairs[end][done % 2].write(values, (slice(row, row + 1),))
+        for row, (position, depth) in enumerate(zip(filled, taken.tolist(), strict=True)):
+            self._fill(row, position, depth)
+        return done, spent
+
+    def _fill(self, row: int, position: int, taken: int) -> None:
+        """The rows that a token left at its last iteration stand in for those it skipped."""
+        buffers = self._states.buffers
+        for names, axis in self._columns:
+            source = buffers[names[taken - 1]]
+            at = (slice(row, row + 1), *[slice(None)] * (axis - 1), slice(position, position + 1))
+            for name in names[taken:]:
+                buffers[name].copy(source, at)
+
+
+def _columns(body: GraphSpec, states: States) -> list[tuple[tuple[str, ...], int]]:
+    """Append states that differ from one iteration to the next: names, and the axis of rows."""
+    found = []
+    for wire in body.outputs.values():
+        if isinstance(wire, str):
+            continue
+        names = tuple(end.partition(".")[2] for end in wire)
+        spec = states.specs[names[0]]
+        if spec.kind == "append" and spec.axis is not None:
+            found.append((names, spec.shape.index(spec.axis)))
+    return found

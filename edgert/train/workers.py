@@ -1,0 +1,92 @@
+"""One process or several: `torchrun` starts them, torch.distributed (gloo) connects them.
+
+Every process draws the same batches and takes its own rows of each; gradients are averaged by
+DistributedDataParallel, so weights stay equal without being sent.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from edgert.errors import UsageError
+from edgert.models.trainable import Model
+
+
+class _Loss(nn.Module):
+    """The loss as a module's forward: what DistributedDataParallel wraps."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor, iterations: int) -> Tensor:
+        return self.model.loss(ids, targets, iterations)
+
+
+class Workers:
+    """This process and its fellows. `rank` 0 writes files and speaks."""
+
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
+        self.rank, self.count = rank, count
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, batch: int) -> slice:
+        """The rows of a batch that are this process's. Raises UsageError if they do not divide."""
+        if batch % self.count:
+            raise UsageError(
+                f"a batch of {batch} rows does not divide among {self.count} processes",
+                do="choose another batch_size, or number of processes",
+            )
+        share = batch // self.count
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def wrap(self, model: Model) -> nn.Module:
+        """`model.loss` as a module, whose backward averages gradients over the processes."""
+        loss = _Loss(model)
+        if self.count == 1:
+            return loss
+        # A variant may leave weights unused; looped weights are used often, which DDP copes with.
+        return nn.parallel.DistributedDataParallel(loss, find_unused_parameters=True)
+
+    def accumulating(self, loss: nn.Module, last: bool) -> Any:
+        """A context for one micro-batch: only the last one of a step exchanges gradients."""
+        if self.count == 1 or last:
+            return nullcontext()
+        return cast(nn.parallel.DistributedDataParallel, loss).no_sync()
+
+    def mean(self, values: list[float]) -> list[float]:
+        """The mean over the processes of each number."""
+        if self.count == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return [value / self.count for value in tensor.tolist()]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def workers() -> Iterator[Workers]:
+    """The processes that torchrun has started, or this one alone."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1 or "RANK" not in os.environ:
+        yield Workers()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Workers(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

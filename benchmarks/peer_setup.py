@@ -124,10 +124,10 @@ def write_model_folder(imported: Imported, folder: Path) -> None:
     from safetensors.torch import save_file
 
     model = imported.model
-    if model.bias is not None or imported.tokenizer_json is None:
+    if not isinstance(model, Decoder) or imported.tokenizer_json is None:
         raise UsageError(
-            "the peer's builder takes Llama-shaped models with a tokenizer: this one has "
-            + ("a learned bias" if model.bias is not None else "no tokenizer")
+            "the peer's builder takes Llama-shaped models with a tokenizer: this one "
+            + ("has no tokenizer" if isinstance(model, Decoder) else "is of another architecture")
         )
     folder.mkdir(parents=True)
     save_file(llama_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
@@ -194,7 +194,7 @@ def llama_tensors(model: Decoder) -> dict[str, Tensor]:
 def half_split(weight: Tensor, head_size: int) -> Tensor:
     """Rows of a Q or K projection [heads * d, H]: interleaved rotary order -> half-split order.
 
-    The inverse of `edgert.models.decoder.interleave`.
+    The inverse of `edgert.models.block.interleave`.
     """
     pairs = weight.unflatten(0, (-1, head_size // 2, 2))
     return pairs.transpose(1, 2).reshape(weight.shape)

@@ -282,7 +282,7 @@ def test_half_split_undoes_interleave():
     """The peer's rotary order, from ours and back."""
     from peer_setup import half_split
 
-    from edgert.models.decoder import interleave
+    from edgert.models.block import interleave
 
     weight = torch.arange(2 * 8 * 3.0).reshape(16, 3)
     assert torch.equal(interleave(half_split(weight, 8), 8), weight)

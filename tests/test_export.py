@@ -171,7 +171,6 @@ GEOMETRIES = {
     "head 8, one KV head, bias": {
         "head_size": 8,
         "num_kv_heads": 1,
-        "bias_after": 1,
         "context": 16,
     },
     "head 16, untied, two words": {
@@ -215,7 +214,6 @@ def test_random_geometries_equal_eager(seed, tmp_path) -> None:
         norm_eps=pick.choice([1e-6, 1e-5, 1e-2]),
         context=pick.randint(17, 300),
         tied_head=pick.random() < 0.5,
-        bias_after=pick.choice([None, 1, 2]),
     )
     result, _ = exported(model, tmp_path)
     assert len(result.manifest.variants) == 2

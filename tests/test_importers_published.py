@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -154,8 +155,8 @@ def test_stages_may_be_empty(
         content["config"][f"{stage}_layers"] = count
         model |= {f"{stage}.{i}.{k}": v for i in range(count) for k, v in block.items()}
     config = load_source(save(content, tmp_path)).model.config
-    assert config.num_layers == perception + reasoning + expression
-    assert config.bias_after == perception + reasoning
+    assert config.slots == perception + reasoning + expression
+    assert (config.perception_layers, config.expression_layers) == (perception, expression)
 
 
 MODEL_STAGES = ("perception", "reasoning", "expression")
@@ -169,18 +170,25 @@ def test_the_context_is_a_hint_that_the_user_may_override(content: Content, tmp_
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("grades", "message"),
     [
-        ("use_gdr", True, "config.use_gdr is true"),
-        ("loop", 3, "config.loop_count is 3 with use_loop"),
+        ({"residual": 5}, "config.grades sum to"),
+        ({"vector": 12, "residual": 8}, "config.grades.vector 12 is not a multiple of 8"),
+        ({"scalar": 0}, "config.grades.scalar is 0, not an integer from 1"),
+        ({"gated": "yes"}, "config.grades.gated is 'yes', not true or false"),
+        ({"scalar_momentum": float("nan")}, "config.grades.scalar_momentum is nan"),
     ],
 )
-def test_other_variants_are_refused_by_name(
-    key: str, value: Any, message: str, content: Content, tmp_path: Path
+def test_contradictory_grades_are_refused(
+    grades: dict[str, Any], message: str, content: Content, tmp_path: Path
 ) -> None:
-    """Looped and Clifford variants are sound files of another architecture."""
-    content["config"] |= {"use_loop": True, "loop_count": value} if key == "loop" else {key: value}
-    with pytest.raises(UnsupportedModel, match=message):
+    """Only where they are used: without GDR a stored config has grades of any sum."""
+    sound = {"scalar": 4, "vector": 16, "bivector": 6, "trivector": 2, "residual": 4}
+    content["config"]["grades"] = sound | grades
+    if not set(grades) & {"gated", "scalar", "scalar_momentum"}:
+        load_source(save(content, tmp_path))
+    content["config"]["use_gdr"] = True
+    with pytest.raises(BadCheckpoint, match=re.escape(message)):
         load_source(save(content, tmp_path))
 
 

@@ -318,9 +318,9 @@ def test_unsound_json_is_refused(tmp_path, case):
 
 def test_newer_format_is_incompatible_not_broken(tmp_path):
     """The version comes first: a newer bundle is not reported as full of unknown keys."""
-    manifest = {**reference(), "format_version": 2, "news": 1}
+    manifest = {**reference(), "format_version": 3, "news": 1}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Incompatible, match="made by a newer edgert: format version 2"):
+    with pytest.raises(Incompatible, match="made by a newer edgert: format version 3"):
         read_manifest(tmp_path)
 
 

@@ -11,7 +11,6 @@ from fake_model import CONTEXT, VOCAB, Graph, fake_runner, hashed, kept, manifes
 from edgert.errors import (
     CapacityExceeded,
     EdgertError,
-    Incompatible,
     Poisoned,
     UnsupportedModel,
     UsageError,
@@ -263,8 +262,8 @@ def test_a_bundle_that_is_no_decoder_is_refused_when_it_is_opened(changes, messa
     assert "install a newer edgert" in str(caught.value)
 
 
-def test_a_looped_program_is_refused():
-    with pytest.raises(Incompatible, match="has a loop"):
+def test_a_body_without_a_loop_is_refused():
+    with pytest.raises(UnsupportedModel, match="without a loop has only an epilogue"):
         fake_runner(program=ProgramSpec("decode", body="reason"))
 
 

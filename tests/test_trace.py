@@ -27,7 +27,7 @@ lowerings = pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     """One block; an embedding that is large enough for `check_weights` to look at."""
-    return decoder(num_layers=1, vocab_size=700, head_size=16, bias_after=1)
+    return decoder(num_layers=1, vocab_size=700, head_size=16)
 
 
 @pytest.fixture(scope="module")

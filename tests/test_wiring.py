@@ -92,8 +92,8 @@ WIRING: dict[str, tuple[Callable[[Manifest], Manifest], str]] = {
         "graphs.leave.inputs.q: no graph writes value.q",
     ),
     "value of two graphs": (
-        lambda m: wired(m, "think", "outputs", "h", "value.h"),
-        "value.h is written by enter and think",
+        lambda m: wired(m, "leave", "outputs", "h", "value.h"),
+        "value.h is written by enter and leave",
     ),
     "value from the future": (
         lambda m: wired(m, "enter", "inputs", "score", "value.score"),

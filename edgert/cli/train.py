@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LINES = 20  # of progress where no terminal shows a bar
 
 
-@click.command(epilog="example: edgert train export/hagi-d-tiny.toml && edgert train --help")
+@click.command(epilog="example: edgert train my-model.toml -o runs/first")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @option(
     "-o",
@@ -57,8 +57,8 @@ def train(
 ) -> None:
     """Train the model that RECIPE describes.
 
-    Checkpoints, metrics, the loss as a picture and the held-out text go to the run's folder. An
-    interrupted run (also a killed one) goes on with --resume as if nothing had happened: on the same
+    Checkpoints, metrics, the loss as a picture and the held-out text go to the run's folder. A run
+    that was interrupted or killed goes on with --resume as if nothing had happened: on the same
     machine with the same number of threads the weights are the same, bit for bit.
 
     The figures at the end are those of text that was held out, as `edgert eval` measures them.

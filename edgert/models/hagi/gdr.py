@@ -87,10 +87,13 @@ class FoldedGDR(nn.Module):
         self.b_out = nn.ParameterDict(
             {n: source.b_out[n] * a for n, a in zip(NAMES, scale, strict=True)}
         )
-        if not g.geo_interaction:
-            return
+        if g.geo_interaction:
+            self._fold_square(source)
+        self.requires_grad_(False)
+
+    def _fold_square(self, source: GDR) -> None:
         to_s, to_b = source.strengths()
-        rows = torch.arange(g.vector).view(-1, BLADES)
+        rows = torch.arange(self.grades.vector).view(-1, BLADES)
         signs = torch.tensor(SQUARE_SIGNS, dtype=torch.float32)
         squares = to_s * source.w_square[rows[:, 0]]  # [m, S]
         self.w_square = nn.Parameter((signs[None, :, None] * squares[:, None]).flatten(0, 1))
@@ -99,7 +102,6 @@ class FoldedGDR(nn.Module):
         self.register_buffer("second", torch.cat([rows[:, b] for _, _, b, _ in terms]))
         turns = [2 * s * to_b * source.w_turn[rows[:, blade]] for blade, _, _, s in terms]
         self.w_turn = nn.Parameter(torch.cat(turns))
-        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         g = self.grades

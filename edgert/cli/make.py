@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     help="A tokenizer.json instead of the source's.",
 )
 @option("--name", metavar="NAME", help="Name of the model in the bundle.")
+@option(
+    "--unrolled",
+    is_flag=True,
+    help="Add variants in which a loop is unrolled: one graph, fixed depth.",
+)
 @as_json
 @common
 def export(
@@ -50,8 +55,9 @@ def export(
 ) -> None:
     """Export SOURCE to a bundle, through the parity gate.
 
-    SOURCE is a published checkpoint (step-*.pt), a GGUF file, a Hugging Face folder (config.json
-    and safetensors) or a recipe (*.toml). What a model file is, its content decides, not its name.
+    SOURCE is a run or checkpoint of `edgert train`, a published checkpoint (step-*.pt), a GGUF
+    file, a Hugging Face folder (config.json and safetensors) or a recipe (*.toml). What a model
+    file is, its content decides, not its name.
 
     Every state and logit of the exported graphs is compared with the model in torch. Where they
     differ nothing is written, and the exit code is 6.
@@ -98,8 +104,9 @@ def _parity_table(verdict: Verdict) -> list[str]:
         "chunks": "uneven chunks",
         "batch": "two ragged rows",
     }
+    width = max(len(c.variant) for c in verdict.checks) + 2
     return [
-        f"{c.variant:<14}{words[c.name]:<28}max |Δlogit| {c.logits_max_abs:.1e}  "
+        f"{c.variant:<{width}}{words[c.name]:<28}max |Δlogit| {c.logits_max_abs:.1e}  "
         f"max |Δstate| {c.states_max_abs:.1e}  top-1 {c.top1_agree}/{c.top1_total}"
         for c in verdict.checks
     ]

@@ -11,6 +11,7 @@ from edgert.export.recipe import Recipe, read_recipe
 from edgert.export.write import Exported, ExportOptions, export_bundle
 from edgert.files import MANIFEST
 from edgert.models.importers import load_source
+from edgert.models.importers.fresh import fresh_source
 from edgert.progress import Reporter
 from edgert.spec import Lowering
 
@@ -24,6 +25,7 @@ def export_source(
     context: int | None = None,
     tokenizer: Path | None = None,
     name: str | None = None,
+    unrolled: bool = False,
     reporter: Reporter | None = None,
 ) -> Exported:
     """Import a checkpoint, GGUF file, model folder or recipe, and export it. What is given here
@@ -40,15 +42,25 @@ def export_source(
         recipe = read_recipe(source)
     else:
         recipe = Recipe(source, ExportOptions())
-    given = {"precision": precision, "lowerings": lowerings, "name": name}
+    given = {"precision": precision, "lowerings": lowerings, "name": name, "unrolled": unrolled}
     options = replace(recipe.options, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]
+    context, tokenizer = context or recipe.context, tokenizer or recipe.tokenizer
     with reporter.stage("reading", recipe.source.name) as advance:
-        imported = load_source(
-            recipe.source,
-            context=context or recipe.context,
-            tokenizer=tokenizer or recipe.tokenizer,
-            progress=lambda done, total: advance(1),
-        )
+        if recipe.random_seed is not None and recipe.model is not None:
+            imported = fresh_source(
+                recipe.model,
+                recipe.random_seed,
+                recipe.source,
+                context=context,
+                tokenizer=tokenizer,
+            )
+        else:
+            imported = load_source(
+                recipe.source,
+                context=context,
+                tokenizer=tokenizer,
+                progress=lambda done, total: advance(1),
+            )
     for text in imported.notes:
         reporter.line("note", text)
     return export_bundle(imported, out, options, reporter)

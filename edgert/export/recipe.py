@@ -19,20 +19,36 @@ else:
 
 MAX_BYTES = 1 << 20
 _KEYS = {
-    "": {"format_version", "name", "source", "export", "sampling"},
-    "source": {"package", "install", "path", "context", "tokenizer"},
-    "export": {"precision", "lowerings"},
+    "": {"format_version", "name", "source", "export", "sampling", "model", "data", "train"},
+    "source": {"package", "install", "path", "context", "tokenizer", "random_seed"},
+    "export": {"precision", "lowerings", "unrolled"},
 }
+_TYPES: dict[str, type] = {
+    "format_version": int,
+    "context": int,
+    "random_seed": int,
+    "lowerings": list,
+    "unrolled": bool,
+}
+_TABLES = ("sampling", "model", "data", "train")  # read elsewhere
+RUNS = Path("runs")
+"""Where `edgert train` puts its runs, and a recipe that trains a model finds it."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to export: a source file or folder, and what to make of it."""
+    """What to export, and what to make of it.
+
+    source  a file or folder; or, with `random_seed`, nothing but a place in messages
+    model   the recipe's own description of an architecture, which is given random weights
+    """
 
     source: Path
     options: ExportOptions
     context: int | None = None
     tokenizer: Path | None = None
+    model: dict[str, Any] | None = None
+    random_seed: int | None = None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -54,14 +70,17 @@ def read_recipe(path: Path) -> Recipe:
             where=str(path),
             do="see export/README.md for the keys",
         )
-    source = table["source"]
+    source = table.get("source", {})
+    seed = source.get("random_seed")
     tokenizer = source.get("tokenizer")
     options = _options(table, path)
     return Recipe(
-        source=_source(source, path),
+        source=path if seed is not None else _source(source, path, table),
         options=options,
         context=source.get("context"),
         tokenizer=path.parent / tokenizer if tokenizer else None,
+        model=table.get("model"),
+        random_seed=seed,
     )
 
 
@@ -75,21 +94,28 @@ def _problems(table: dict[str, Any]) -> list[str]:
             continue
         found += [f"{prefix}{key}: unknown key" for key in part if key not in known]
         for key in part:
-            want = {"format_version": int, "context": int, "lowerings": list}.get(key, str)
-            if (
-                key in known
-                and key not in _KEYS
-                and key != "sampling"
-                and type(part[key]) is not want
-            ):
+            want = _TYPES.get(key, str)
+            inner = key in _KEYS or key in _TABLES
+            if key in known and not inner and type(part[key]) is not want:
                 found.append(f"{prefix}{key}: expected {want.__name__}, got {part[key]!r}")
     if table.get("format_version") != 1:
         found.append("format_version: must be 1")
-    if not isinstance(table.get("sampling", {}), dict):
-        found.append("sampling: expected a table")
+    for key in _TABLES:
+        if not isinstance(table.get(key, {}), dict):
+            found.append(f"{key}: expected a table")
     source = table.get("source")
-    if not isinstance(source, dict):
+    if source is None and "train" in table:
+        if not isinstance(table.get("name"), str):
+            found.append("name: missing, the run of this recipe is found by it")
+    elif not isinstance(source, dict):
         found.append("source: missing")
+    elif "random_seed" in source:
+        if not isinstance(table.get("model"), dict):
+            found.append("model: missing, source.random_seed gives it weights")
+        found += [f"source.{k}: not with random_seed" for k in ("path", "package") if k in source]
+        seed = source["random_seed"]
+        if type(seed) is int and not 0 <= seed < 2**63:
+            found.append(f"source.random_seed: {seed} is not from 0 to {2**63 - 1}")
     else:
         if "path" not in source:
             found.append("source.path: missing")
@@ -117,12 +143,15 @@ def _options(table: dict[str, Any], path: Path) -> ExportOptions:
             lowerings=tuple(export.get("lowerings", ExportOptions.lowerings)),
             sampling=sampling,
             name=table.get("name"),
+            unrolled=export.get("unrolled", False),
         )
     except UsageError as error:
         raise UsageError(error.what, where=f"{path}, {section}", do=error.do) from error
 
 
-def _source(source: dict[str, Any], recipe: Path) -> Path:
+def _source(source: dict[str, Any], recipe: Path, table: dict[str, Any]) -> Path:
+    if not source:
+        return _trained(RUNS / str(table["name"]), recipe)
     if "package" not in source:
         return recipe.parent / str(source["path"])
     name = source["package"]
@@ -137,3 +166,12 @@ def _source(source: dict[str, Any], recipe: Path) -> Path:
             error.do = f"pip install {install}"
         raise error
     return Path(spec.submodule_search_locations[0]) / str(source["path"])
+
+
+def _trained(run: Path, recipe: Path) -> Path:
+    if not run.is_dir():
+        raise UsageError(
+            f"{recipe.name} trains the model that it exports, and there is no run of it: {run}",
+            do=f"train it first:  edgert train {recipe}",
+        )
+    return run

@@ -86,7 +86,7 @@ def sweep(run: Path) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; 0 keeps all."""
+    """Remove all but the newest `keep` checkpoints, of each format; 0 keeps all."""
     for old in trained.step_folders(run)[keep:] if keep else ():
         condemned = old.with_name(f".{old.name}.old.tmp")
         try:
@@ -94,6 +94,9 @@ def prune(run: Path, keep: int) -> None:
         except OSError:
             continue
         shutil.rmtree(condemned, ignore_errors=True)
+    for old in sorted(run.glob("step-*.pt"), reverse=True)[keep:] if keep else ():
+        if trained.STEP.fullmatch(old.stem):
+            old.unlink(missing_ok=True)
 
 
 def _place(temp: Path, final: Path) -> None:

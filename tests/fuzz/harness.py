@@ -30,6 +30,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis.errors import HypothesisWarning  # noqa: E402
 from targets import TARGETS, Target  # noqa: E402
 
 from edgert.errors import EdgertError  # noqa: E402
@@ -138,6 +139,8 @@ def main() -> int:
     parser.add_argument("--failures", type=Path, required=True)
     given = parser.parse_args()
     warnings.simplefilter("error")
+    # Hypothesis writes out the examples that it shrinks; this is about their length alone.
+    warnings.filterwarnings("ignore", "Generating overly large repr", HypothesisWarning)
     failure = None
     with tempfile.TemporaryDirectory(prefix="edgert-fuzz-") as folder:
         given.failures.mkdir(parents=True, exist_ok=True)

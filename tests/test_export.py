@@ -13,20 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Case, assert_close, cases
-from test_decoder import dense
+from cases import assert_close
 from tiny_decoder import decoder, imported
 
 import edgert
-from edgert.backends import open_backend
-from edgert.bundle import Bundle, read_manifest
+from edgert.bundle import read_manifest
 from edgert.errors import UnsupportedModel, UsageError
 from edgert.export.pipeline import export_source
 from edgert.export.workshop import workshop
 from edgert.export.write import Exported, ExportOptions, export_bundle, weights_id
 from edgert.models.decoder import Decoder
 from edgert.progress import Advance, Reporter
-from edgert.runner import Execution, Runner
+from edgert.runner import Execution
 
 LOWERINGS = ("ort", "portable")
 lowerings = pytest.mark.parametrize("lowering", LOWERINGS)
@@ -46,20 +44,6 @@ class Recorder(Reporter):
     def stage(self, label: str, text: str, total: int | None = None) -> Iterator[Advance]:
         self.lines.append((label, text))
         yield lambda amount: None
-
-
-# ------------------------------------------------- the published model, from its graphs
-
-
-@pytest.fixture(scope="module", params=cases("hagi", dense), ids=lambda case: case.name)
-def published(request, tmp_path_factory, model_a_bundle) -> tuple[Case, Path]:
-    """A case of the dense family and its bundle."""
-    case: Case = request.param
-    if case.name == "model_a":
-        return case, model_a_bundle
-    out = tmp_path_factory.mktemp("published") / case.name
-    export_source(case.checkpoint, out)
-    return case, out
 
 
 def run_parts(execution: Execution, ids: np.ndarray, parts: list[int]) -> np.ndarray:
@@ -87,50 +71,6 @@ def step(execution: Execution, chunk: np.ndarray) -> np.ndarray:
     io.run()
     assert_close(io.token, io.logits.argmax(-1), where="token")
     return io.logits.copy()
-
-
-@contextmanager
-def runner_of(bundle: Path, lowering: str) -> Iterator[Runner]:
-    runner = Runner(Bundle.open(bundle), f"fp32-{lowering}", open_backend("cpu"))
-    yield runner
-    runner.close()
-
-
-@lowerings
-@pytest.mark.parametrize("how", ["prefill", "steps", "chunks"])
-def test_graphs_equal_the_published_model(published, lowering, how) -> None:
-    """Every slot's keys and values, then every logit, of a batch, however it is fed."""
-    case, bundle = published
-    ids = case["input_ids"]
-    batch, tokens = ids.shape
-    parts = {
-        "prefill": [tokens],
-        "steps": [tokens // 2] + [1] * (tokens - tokens // 2),
-        "chunks": [3, 1, 5, tokens - 9],
-    }[how]
-    with runner_of(bundle, lowering) as runner:
-        execution = runner.open(batch=batch, tokens=tokens)
-        logits = run_parts(execution, ids, parts)
-        for name in ("k", "v"):
-            for slot, want in enumerate(case[f"{name}_cache"]):
-                got = execution.states.buffers[f"{name}.{slot}"].host[:, :, :tokens]
-                assert_close(got, want, **case.tolerance, where=f"{name}.{slot}")
-        assert_close(logits, case["logits"], **case.tolerance, where="logits")
-        assert execution.lens.tolist() == [tokens] * batch
-
-
-@lowerings
-def test_loaded_bundles_score_and_continue_like_the_published_model(published, lowering) -> None:
-    """`edgert.load`: all logits, those of one token alone, and the greedy ids exactly."""
-    case, bundle = published
-    with edgert.load(bundle, lowering=lowering) as model:
-        assert_close(model.logits(case["input_ids"]), case["logits"], **case.tolerance)
-        first = model.logits(case["input_ids"][:, :1])
-        assert_close(first, case["logits_t1"], **case.tolerance, where="logits_t1")
-        for prompt, want in zip(case["gen_prompt"], case["gen_ids"], strict=True):
-            got = model.generate(prompt.tolist(), max_tokens=len(want), temperature=0.0)
-            assert list(got.tokens) == want.tolist()
-            assert got.finish_reason == "length"
 
 
 # ------------------------------------------------- geometries

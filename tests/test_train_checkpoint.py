@@ -17,6 +17,7 @@ from edgert.errors import BadCheckpoint, EdgertError, NewerFormat, UsageError
 from edgert.models.importers import load_source, trained
 from edgert.train import checkpoint, job, published
 from edgert.train.loop import Trainer
+from edgert.train.metrics import read_metrics
 from edgert.train.optim import Optimizer
 from edgert.train.recipe import TrainConfig, read_recipe
 from edgert.train.workers import Workers
@@ -103,7 +104,7 @@ def test_a_run_begins_where_a_checkpoint_ends(tmp_path, kind, form):
     again = recipe_of(tmp_path, settings(f'optimizer = "{kind}"\nseed = 9'))
     outcome = job.train(again, tmp_path / "two", start=start, until=6)
     assert outcome.step == 6
-    lines = [json.loads(line) for line in (tmp_path / "two/metrics.jsonl").open()]
+    lines = read_metrics(tmp_path / "two" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [6]
     # The same by hand: weights and moments of the one, batches of a fresh sampler.
     found = trained.read_checkpoint(tmp_path / "one" / "step-00000005")

@@ -57,10 +57,9 @@ def test_a_strange_state_is_refused(state):
 
 
 def test_a_state_that_numpy_would_bend_is_refused():
-    """A negative or floating number is not silently made one that fits."""
-    for change in ({"uinteger": 3.7}, {"has_uint32": True}):
-        with pytest.raises(BadCheckpoint):
-            stream().restore(stream().state | change)
+    """A floating number is not silently made a whole one."""
+    with pytest.raises(BadCheckpoint, match="it is not what numpy writes"):
+        stream().restore(stream().state | {"uinteger": 3.7})
 
 
 def test_a_window_longer_than_a_shard_is_refused():

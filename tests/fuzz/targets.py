@@ -12,11 +12,13 @@ from pathlib import Path
 from runtime_targets import chat, locked, manifest, onnx, parity, sampling, session, tokenizer
 from source_targets import checkpoint, gguf, gguf_tokenizer, huggingface, recipe
 from target import Target
+from training_targets import trained, training_recipe
 
 TARGETS: dict[str, Callable[[Path], Target]] = {
     make.__name__: make
     for make in (
         *(manifest, onnx, tokenizer, chat, sampling, session, locked, parity),
         *(gguf, gguf_tokenizer, checkpoint, huggingface, recipe),
+        *(training_recipe, trained),
     )
 }

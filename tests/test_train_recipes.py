@@ -1,0 +1,71 @@
+"""The recipes that come with edgert and train: they can be read, and do what they promise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgert.models.importers import load_source
+from edgert.train import job
+from edgert.train.recipe import read_recipe
+
+FOLDER = Path(__file__).resolve().parents[1] / "export"
+RECIPES = sorted(p for p in FOLDER.glob("*.toml") if "\n[train]\n" in p.read_text("utf-8"))
+LETTERS = {f"hagi-{letter}-tiny": letter.upper() for letter in "abcd"} | {"hagi-deep-tiny": "B"}
+
+
+def test_all_variants_are_there():
+    assert [path.stem for path in RECIPES] == sorted(LETTERS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_describes_a_small_model_with_fused_heads(path):
+    """Named as its file; heads of 16 or 32, which the fused kernel needs; 0.1 to 0.5 M weights."""
+    recipe = read_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.model.letter == LETTERS[path.stem]
+    assert recipe.model.heads.size in (16, 32)
+    with torch.device("meta"):
+        model = recipe.family.build(recipe.model)
+    assert 100_000 < sum(p.numel() for p in model.parameters()) < 500_000
+
+
+def test_the_four_differ_in_nothing_but_the_variant():
+    """Side by side they are a comparison: same sizes, data, steps and rates."""
+    four = [read_recipe(FOLDER / f"hagi-{letter}-tiny.toml") for letter in "abcd"]
+    assert len({(r.data, r.train) for r in four}) == 1
+    assert len({replace(r.model, use_loop=True, use_gdr=True) for r in four}) == 1
+
+
+def test_the_deep_one_draws_its_depth():
+    recipe = read_recipe(FOLDER / "hagi-deep-tiny.toml")
+    assert (recipe.model.iterations, recipe.train.depth) == (8, "random")
+
+
+@pytest.mark.slow
+def test_a_twin_of_a_recipe_learns_in_a_moment(tmp_path):
+    """Model D on the built-in corpus, some seconds of it: far below what it starts from, and read
+    back as a model."""
+    recipe = read_recipe(FOLDER / "hagi-d-tiny.toml")
+    train = replace(recipe.train, steps=60, window=64, batch_size=8, warmup_steps=6)
+    data = replace(recipe.data, holdout=0.002)
+    twin = replace(recipe, train=train, data=data)
+    outcome = job.train(twin, tmp_path / "run")
+    assert outcome.first == pytest.approx(5.55, abs=0.05)  # ln 257: nothing is known yet
+    assert outcome.heldout.loss < 3.4
+    assert outcome.heldout.tokens > 10_000
+    assert not outcome.heldout.collapsed
+    assert load_source(tmp_path / "run").model.config == recipe.model
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_beats_the_bigram_baseline(path, tmp_path):
+    """On text that was held out, in bits per byte, by a tenth at least."""
+    found = job.train(read_recipe(path), tmp_path / "run").heldout
+    assert found.bits_per_byte < 0.9 * found.bigram
+    assert found.sensitivity > 0.1

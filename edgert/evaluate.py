@@ -89,7 +89,7 @@ def perplexity(
     window, stride = _shape(model, window, stride)
     if limit is not None and limit < 2:
         raise UsageError(f"limit = {limit} tokens leaves nothing to predict", do="use 2 or more")
-    ids = _encoded(model, text_or_ids, limit)
+    ids = encoded(model, text_or_ids, limit)
     if len(ids) < 2:
         have = "1 token" if len(ids) == 1 else "no tokens"
         raise UsageError(f"a text of {have} leaves nothing to predict", do="give a longer text")
@@ -187,7 +187,7 @@ def cross_entropy(logits: NDArray[np.float32], wanted: NDArray[np.int64]) -> NDA
     return costs
 
 
-def _encoded(model: Model, given: str | Sequence[int], limit: int | None) -> NDArray[np.int64]:
+def encoded(model: Model, given: str | Sequence[int], limit: int | None) -> NDArray[np.int64]:
     """Checked token ids [T], `limit` of them at most."""
     vocab = model.manifest.vocab_size
     if not isinstance(given, str):

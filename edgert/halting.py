@@ -13,6 +13,11 @@ from edgert.errors import UsageError
 SIGNAL = "change"
 """The signal that `settle` reads: |h' - h| / |h| of the hidden state in one iteration."""
 
+AUTO = "auto"
+"""Stands for what the bundle's halting report recommends."""
+
+REPORT = "halting.json"
+
 _MOST = 1024
 _FORMS = "full, fixed:N, settle:THRESHOLD or settle:THRESHOLD:MIN:MAX"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,16 +15,17 @@ from numpy.typing import ArrayLike, NDArray
 from edgert.backends import lowerings, open_backend
 from edgert.bundle import Bundle
 from edgert.chat import MAX_TEMPLATE, encode_chat
-from edgert.errors import BadTokenizer, Incompatible, OutOfMemory, UsageError
+from edgert.errors import BadBundle, BadTokenizer, Incompatible, OutOfMemory, UsageError
 from edgert.files import read_regular
 from edgert.generate import Generation, Stream, check_ids
-from edgert.halting import parse_halt
+from edgert.halting import AUTO, REPORT, parse_halt
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
 from edgert.session import Prompt, Session
 from edgert.spec import Manifest
 from edgert.tokenizer import Tokenizer, load_tokenizer
 
+MAX_REPORT = 1 << 20
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 """Best accuracy first: what `precision=None` prefers on a CPU."""
 
@@ -78,6 +80,8 @@ class Model:
                 f"params is {type(params).__name__}, not SamplingParams",
                 do="give settings by name, such as max_tokens=40",
             )
+        if chosen.halt == AUTO:
+            chosen = chosen.replace(halt=_recommended(self.bundle))
         if chosen.halt is not None:
             self.runner.check_halt(parse_halt(chosen.halt))
         beyond = [t for t in chosen.logit_bias or () if t >= self.manifest.vocab_size]
@@ -260,4 +264,23 @@ def _template(path: Path) -> str:
             f"the chat template is not UTF-8: {error}",
             where=str(path),
             do="export the bundle with another chat template",
+        ) from error
+
+
+def _recommended(bundle: Bundle) -> str:
+    """The halting policy that the bundle's report recommends."""
+    if REPORT not in bundle.manifest.reports:
+        raise UsageError(
+            "this bundle has no halting report that could recommend a policy",
+            where=str(bundle.root),
+            do=f"make one:  edgert halt {bundle.root} --data FILE",
+        )
+    try:
+        found = json.loads(read_regular(bundle.path(REPORT), MAX_REPORT))["recommended"]
+        return str(parse_halt(found))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UsageError) as error:
+        raise BadBundle(
+            f"the halting report recommends no policy: {error}",
+            where=str(bundle.root / REPORT),
+            do="make it again with `edgert halt`",
         ) from error

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from edgert import rng
 from edgert.errors import BadBundle, Poisoned, UsageError
-from edgert.halting import parse_halt
+from edgert.halting import AUTO, parse_halt
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
@@ -75,7 +75,8 @@ class SamplingParams:
     stop, stop_tokens   texts and ids that end the answer; ignore_eos does not end it at EOS
     deadline_ms         stop when so much time has passed
     halt                when the loop of a looped model ends for each token of the answer: `full`,
-                        `fixed:N`, `settle:THRESHOLD[:MIN[:MAX]]`; None is full
+                        `fixed:N`, `settle:THRESHOLD[:MIN[:MAX]]`, or `auto`, what the bundle's
+                        halting report recommends; None is full
     """
 
     max_tokens: int = 128
@@ -313,7 +314,7 @@ def _checked(name: str, value: Any) -> Any:
     if name == "halt":
         if not isinstance(value, str):
             raise _refused(name, value, "a policy such as 'fixed:2'")
-        return str(parse_halt(value))
+        return value if value == AUTO else str(parse_halt(value))
     if name == "ignore_eos":
         if not isinstance(value, bool):
             raise _refused(name, value, "true or false")

@@ -218,10 +218,10 @@ def test_a_text_in_parts_has_the_same_tokens(tiny_bundle, monkeypatch):
     """With a real tokenizer, cut into many parts."""
     text = "Hello world.\nThis is a line,\n\nand another one!\nThe end\n" * 20
     with edgert.load(tiny_bundle) as model:
-        whole = edgert.evaluate._encoded(model, text, None)
+        whole = edgert.evaluate.encoded(model, text, None)
         monkeypatch.setattr(edgert.evaluate, "PART", 50)
         monkeypatch.setattr(parts, "__defaults__", (50,))
-        cut = edgert.evaluate._encoded(model, text, None)
+        cut = edgert.evaluate.encoded(model, text, None)
     assert len(whole) > 100
     assert cut.tolist() == whole.tolist()
 

@@ -20,7 +20,7 @@ import edgert
 from edgert.bundle import read_manifest
 from edgert.errors import UnsupportedModel, UsageError
 from edgert.export.pipeline import export_source
-from edgert.export.workshop import workshop
+from edgert.workshop import workshop
 from edgert.export.write import Exported, ExportOptions, export_bundle, weights_id
 from edgert.models.decoder import Decoder
 from edgert.progress import Advance, Reporter

@@ -35,14 +35,16 @@ RUN_ZONE = (
     Line("__main__"),
     Line("cli"),
     Line("edgert"),
-    Line("api bench doctor evaluate speculate mailbox tasks recipebook", together=True),
+    Line(
+        "api bench doctor evaluate halting_report speculate mailbox tasks recipebook", together=True
+    ),
     Line("conversation resuming"),
     Line("model session generate snapshot", together=True),
     Line("sessionfile"),
     Line("runner looping", together=True),
     Line("state"),
     Line("tokenizer chat sampler stops backends vault"),
-    Line("bundle manifest wiring cache onnxfile files tensors", together=True),
+    Line("bundle manifest wiring cache onnxfile files tensors workshop", together=True),
     Line("rng spec progress machine halting"),
     Line("errors _version"),
 )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import click
 
-from edgert.cli import health, make, measure, sessions, talk, train, use
+from edgert.cli import halt, health, make, measure, sessions, talk, train, use
 from edgert.errors import EdgertError, OutOfMemory, UsageError
 
 INTERRUPTED = 130
@@ -53,6 +53,7 @@ for command in (
     use.verify,
     measure.bench,
     measure.compare,
+    halt.halt,
     health.evaluate,
     health.doctor,
     health.recipes,

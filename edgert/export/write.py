@@ -17,7 +17,6 @@ from edgert.errors import UnsupportedModel, UsageError
 from edgert.export.check import Verdict, check_bundle
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
-from edgert.export.workshop import workshop
 from edgert.files import publish_directory
 from edgert.manifest import SLUG
 from edgert.models.families import program as program_of
@@ -25,6 +24,7 @@ from edgert.models.importers import Imported
 from edgert.models.program import Program
 from edgert.progress import Reporter
 from edgert.spec import LOWERINGS, GraphSpec, Lowering, Manifest, TokenizerSpec, VariantSpec
+from edgert.workshop import workshop
 
 PRECISIONS = ("fp32",)
 DEFAULT_LOWERINGS: tuple[Lowering, ...] = ("ort", "portable")

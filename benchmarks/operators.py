@@ -60,7 +60,7 @@ def profile(root: Path, variant: str, threads: int, prompt: int, tokens: int) ->
             token = int(io.token[0, 0])
         for _ in range(tokens):
             token = int(execution.step(token).token[0, 0])
-        file = runner.graph.session.end_profiling()  # type: ignore[attr-defined]
+        file = runner.graphs["epilogue"].session.end_profiling()  # type: ignore[attr-defined]
         events = json.loads(Path(file).read_text())
     return medians(steps_of(events)[-tokens:])
 

@@ -70,7 +70,7 @@ def _described(path: Path) -> tuple[str, str]:
     try:
         table = import_module(library).loads(_read(path).decode("utf-8"))
         source, export = _table(table, "source"), _table(table, "export")
-        return _source(source), _made(export)
+        return _source(source, table), _made(export)
     except (OSError, ValueError, RecursionError) as error:
         return "unreadable", f"{type(error).__name__}: {error}"
 
@@ -85,7 +85,11 @@ def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _source(source: dict[str, Any]) -> str:
+def _source(source: dict[str, Any], table: dict[str, Any]) -> str:
+    if "random_seed" in source:
+        return "random weights"
+    if not source and "train" in table:
+        return "its own training"
     path, package = source.get("path", "no source"), source.get("package")
     return f"{path} of package {package}" if package else str(path)
 

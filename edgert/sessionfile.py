@@ -34,6 +34,8 @@ _START = b'{"__metadata__":{"edgert":"session",'
 _VERSION = re.compile(rb'"format_version":"([0-9]{1,6})"')
 _AGAIN = "take an older copy, or start a new session"
 
+_LATER = {"halt"}  # settings that the first version of the format did not have
+
 FINISH_REASONS = ("stop", "length", "deadline", "cancelled")
 
 
@@ -225,13 +227,19 @@ def _header(saved: SavedSession) -> dict[str, Any]:
         "pending": None if saved.pending is None else saved.pending[1],
         "request": request
         and {
-            "params": asdict(request.params),
+            "params": _params(request.params),
             "start": request.start,
             "end": request.end,
             "finish_reason": request.finish_reason,
         },
         "data": checked_data(saved.data),
     }
+
+
+def _params(params: SamplingParams) -> dict[str, Any]:
+    """The settings; those that came later than the format are left out where they are unset, so
+    that older versions read the file, too."""
+    return {k: v for k, v in asdict(params).items() if k not in _LATER or v is not None}
 
 
 def _saved(sealed: Sealed) -> SavedSession:
@@ -279,7 +287,7 @@ def _saved(sealed: Sealed) -> SavedSession:
 def _request(value: Any, tokens: int) -> Request:
     got = _record("request", value, _REQUEST)
     names = {known.name for known in fields(SamplingParams)}
-    first = names - {"halt"}  # what the first version of the format had; absent means as standard
+    first = names - _LATER
     if not first <= got["params"].keys() <= names or got["params"]["seed"] is None:
         raise Unsound("request.params are not the settings of this version")
     try:

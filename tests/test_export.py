@@ -20,11 +20,11 @@ import edgert
 from edgert.bundle import read_manifest
 from edgert.errors import UnsupportedModel, UsageError
 from edgert.export.pipeline import export_source
-from edgert.workshop import workshop
 from edgert.export.write import Exported, ExportOptions, export_bundle, weights_id
 from edgert.models.decoder import Decoder
 from edgert.progress import Advance, Reporter
 from edgert.runner import Execution
+from edgert.workshop import workshop
 
 LOWERINGS = ("ort", "portable")
 lowerings = pytest.mark.parametrize("lowering", LOWERINGS)

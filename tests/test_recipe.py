@@ -9,7 +9,7 @@ import pytest
 from wheels import ROOT
 
 from edgert.errors import MissingDependency, UsageError
-from edgert.export.recipe import MAX_BYTES, read_recipe
+from edgert.export.recipe import MAX_BYTES, RUNS, read_recipe
 from edgert.export.write import DEFAULT_LOWERINGS
 
 SOURCE = '\n[source]\npath = "model.gguf"\n'
@@ -49,7 +49,18 @@ def test_everything_a_recipe_may_say(tmp_path) -> None:
 WRONG = {
     "colour: unknown key": 'format_version = 1\ncolour = "red"' + SOURCE,
     "source.sha: unknown key": "format_version = 1" + SOURCE + 'sha = "00"',
-    "export.unrolled: unknown key": "format_version = 1" + SOURCE + "[export]\nunrolled = true",
+    "export.rolled: unknown key": "format_version = 1" + SOURCE + "[export]\nrolled = true",
+    "export.unrolled: expected bool, got 1": "format_version = 1"
+    + SOURCE
+    + "[export]\nunrolled = 1",
+    "name: missing, the run of this recipe": "format_version = 1\n[train]\nsteps = 1",
+    "model: missing, source.random_seed": "format_version = 1\n[source]\nrandom_seed = 1",
+    "source.path: not with random_seed": "format_version = 1"
+    + SOURCE
+    + "random_seed = 1\n[model]\nfamily = 'hagi'",
+    "source.random_seed: -1 is not from 0": "format_version = 1\n[source]\nrandom_seed = -1\n"
+    "[model]\nfamily = 'hagi'",
+    "train: expected a table": "format_version = 1\ntrain = 3" + SOURCE,
     "format_version: must be 1": 'name = "x"' + SOURCE,
     "format_version: expected int, got True": "format_version = true" + SOURCE,
     "source: missing": "format_version = 1",
@@ -159,4 +170,9 @@ def test_every_recipe_of_the_project_is_sound(path) -> None:
     except MissingDependency as error:
         pytest.skip(str(error))
     assert got.options.name == path.stem
-    assert got.source.is_file()
+    if got.trains:
+        assert got.source == RUNS / path.stem
+        assert got.model is not None
+    else:
+        assert got.source.is_file()
+        assert (got.model is None) == (got.random_seed is None)

@@ -92,7 +92,11 @@ def test_the_verb_lists_shows_and_locates(run):
     listed = run("recipes")
     assert (listed.code, listed.err) == (0, "")
     assert len(listed.out.splitlines()) == len(recipes())
-    assert listed.out.startswith(f"{NAME}  fp32 bundle, ort and portable, from ")
+    assert re.search(rf"^{NAME}  +fp32 bundle, ort and portable, from ", listed.out, re.MULTILINE)
+    assert re.search(
+        r"^hagi-d-tiny  +fp32 bundle, .*from its own training$", listed.out, re.MULTILINE
+    )
+    assert re.search(r"^hagi-d-768  +fp32 bundle, .*from random weights$", listed.out, re.MULTILINE)
     assert run("recipes", NAME).out == find(NAME).text
     path = run("recipes", NAME, "--path").out.rstrip("\n")
     assert path == str(find(NAME).path)

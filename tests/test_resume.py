@@ -251,7 +251,7 @@ def test_another_variant_of_the_same_bundle_is_refused_by_name(tiny_exported_bun
     with pytest.raises(SessionMismatch) as caught:
         edgert.resume(tmp_path / "s", model)
     assert "variant fp32-portable of this bundle, and fp32-ort is loaded" in str(caught.value)
-    assert "--precision fp32 --lowering portable" in str(caught.value)
+    assert "--variant fp32-portable" in str(caught.value)
 
 
 def test_a_broken_bundle_is_reported_as_broken(tmp_path):

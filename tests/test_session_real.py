@@ -137,8 +137,8 @@ def test_a_prefill_cancelled_between_chunks_goes_on_bitwise(model, tmp_path):
     stream = session.stream(prompt, **options)
     run = session.execution.run
 
-    def then_cancel(io: Any) -> None:
-        run(io)
+    def then_cancel(io: Any, halt: Any = None) -> None:
+        run(io, halt)
         stream.cancel()
 
     session.execution.run = then_cancel  # type: ignore[method-assign]
@@ -241,7 +241,7 @@ def test_another_lowering_of_the_bundle_does_not_take_it(bundle, tmp_path):
     short_session(bundle, tmp_path / "s")
     with edgert.load(bundle, lowering="portable") as model:
         session_error = pytest.raises(edgert.SessionMismatch, edgert.resume, tmp_path / "s", model)
-    assert "--lowering ort" in str(session_error.value)
+    assert "--variant fp32-ort" in str(session_error.value)
 
 
 def test_tokens_are_the_same_on_another_number_of_threads(bundle, tmp_path):

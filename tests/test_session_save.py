@@ -153,8 +153,8 @@ def test_a_prefill_cancelled_after_a_chunk_goes_on_bitwise(tiny, tmp_path, chunk
     run = session.execution.run
     fed: list[int] = []
 
-    def cancel_then(io: Any) -> None:
-        run(io)
+    def cancel_then(io: Any, halt: Any = None) -> None:
+        run(io, halt)
         fed.append(io.ids.shape[1])
         if len(fed) == chunks:
             stream.cancel()
@@ -339,7 +339,7 @@ def _poisoned(session: Session) -> None:
     def fail(io: Any) -> None:
         raise EdgertError("broken")
 
-    graph = session.model.runner.graph._function  # type: ignore[attr-defined]
+    graph = session.model.runner.graphs["epilogue"]._function  # type: ignore[attr-defined]
     graph.hook = lambda: fail(None)
     with pytest.raises(EdgertError, match="broken"):
         session.append([A])
@@ -610,7 +610,7 @@ def carrying() -> Model:
     def decode(carry: np.ndarray, **arrays: np.ndarray) -> dict[str, np.ndarray]:
         return {**graph(**arrays), "carry_next": carry + np.float32(arrays["ids"].sum())}
 
-    spec = fake_model().runner.spec
+    spec = fake_model().runner.parts["epilogue"]
     decode_spec = GraphSpec(
         file="decode",
         data=(),

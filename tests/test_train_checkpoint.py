@@ -210,6 +210,28 @@ def test_a_start_without_optimizer_state_is_said(run, tmp_path):
     assert got.notes[0] == "the file has no optimizer state: its moments start at zero"
 
 
+@pytest.mark.parametrize("name", ["step-00000006", "step-00000006.pt"])
+def test_a_start_with_an_average_and_tension_begins_both_anew(run, tmp_path, name):
+    """The average at the weights, the tension at the first gradient, whose multiplier is 1."""
+    recipe = recipe_of(tmp_path, settings('ema = 0.5\nschedule = "tension"'))
+    job.train(recipe, tmp_path / "new", start=run / name, until=7)
+    (line,) = read_metrics(tmp_path / "new" / "metrics.jsonl")
+    plain = recipe_of(tmp_path)
+    job.train(plain, tmp_path / "plain", start=run / name, until=7)
+    (wanted,) = read_metrics(tmp_path / "plain" / "metrics.jsonl")
+    assert [line[key] for key in ("loss", "lr")] == [wanted[key] for key in ("loss", "lr")]
+    found = trained.read_checkpoint(tmp_path / "new" / "step-00000007")
+    used, tensors = found.tensors("model.safetensors"), found.tensors("training.safetensors")
+    before = load_source(run / name).model.published()["embed.weight"]
+    mean = (before + tensors["weights.embed.weight"]) / 2
+    torch.testing.assert_close(used["embed.weight"], mean)
+
+
+def test_a_start_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(UsageError, match="there is no such checkpoint"):
+        job.train(recipe_of(tmp_path), tmp_path / "new", start=tmp_path / "nothing")
+
+
 def test_a_start_behind_the_end_is_refused(run, tmp_path):
     with pytest.raises(UsageError, match="has made 12 steps, the recipe has 12"):
         job.train(recipe_of(tmp_path), tmp_path / "new", start=run)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 import tiny_recipe
 
@@ -230,3 +235,23 @@ def test_differences_name_the_keys(tmp_path):
         "train.window: 16, now 8",
     ]
     assert differences({"a": 1}, {"b": 2}) == ["a: 1, now absent", "b: absent, now 2"]
+
+
+def test_the_page_names_every_key_and_default():
+    """docs/training.md is where an error sends the reader."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text("utf-8")
+    table = page.split("## The recipe")[1].split("\n## ")[0]
+    for kind in (DataConfig, TrainConfig):
+        for field in fields(kind):
+            assert f"`{field.name}`" in table, field.name
+    for row in table.splitlines():
+        names = re.findall(r"`(\w+)`", row.split("|")[2]) if row.startswith("|") else []
+        stated = row.split("|")[3].strip() if names else ""
+        for name, text in zip(names, re.findall(r"\[.*?\]|[^, ]+", stated), strict=False):
+            default = getattr(TrainConfig, name, getattr(DataConfig, name, None))
+            if not isinstance(default, str | None):
+                assert ast.literal_eval(text) in (default, list(flat(default))), name
+
+
+def flat(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -1,4 +1,4 @@
-"""A recipe that trains in a second or two: a looped model of 10,000 weights on a text of its own."""
+"""A recipe that trains in a second or two: a looped model of 29,110 weights on its own text."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgert.halting_report import Report
 
 
-@click.command(epilog="example: edgert halt bundles/hagi-deep-tiny --data text.txt")
+@click.command(epilog="example: edgert halt bundles/deep-tiny --data text.txt")
 @BUNDLE
 @option(
     "--data",

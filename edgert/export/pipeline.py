@@ -42,6 +42,12 @@ def export_source(
         recipe = read_recipe(source)
     else:
         recipe = Recipe(source, ExportOptions())
+    if recipe.trains and not recipe.source.is_dir():
+        raise UsageError(
+            f"{source.name} trains the model that it exports, and there is no run of it: "
+            f"{recipe.source}",
+            do=f"train it first:  edgert train {source}",
+        )
     given = {"precision": precision, "lowerings": lowerings, "name": name, "unrolled": unrolled}
     options = replace(recipe.options, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]
     context, tokenizer = context or recipe.context, tokenizer or recipe.tokenizer

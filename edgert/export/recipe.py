@@ -40,7 +40,8 @@ class Recipe:
     """What to export, and what to make of it.
 
     source  a file or folder; or, with `random_seed`, nothing but a place in messages
-    model   the recipe's own description of an architecture, which is given random weights
+    model   the recipe's own description of an architecture, which `random_seed` gives weights
+    trains  the source is the run of `edgert train` on this recipe, in the working directory
     """
 
     source: Path
@@ -49,6 +50,7 @@ class Recipe:
     tokenizer: Path | None = None
     model: dict[str, Any] | None = None
     random_seed: int | None = None
+    trains: bool = False
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -81,6 +83,7 @@ def read_recipe(path: Path) -> Recipe:
         tokenizer=path.parent / tokenizer if tokenizer else None,
         model=table.get("model"),
         random_seed=seed,
+        trains="source" not in table,
     )
 
 
@@ -151,7 +154,7 @@ def _options(table: dict[str, Any], path: Path) -> ExportOptions:
 
 def _source(source: dict[str, Any], recipe: Path, table: dict[str, Any]) -> Path:
     if not source:
-        return _trained(RUNS / str(table["name"]), recipe)
+        return RUNS / str(table["name"])
     if "package" not in source:
         return recipe.parent / str(source["path"])
     name = source["package"]
@@ -166,12 +169,3 @@ def _source(source: dict[str, Any], recipe: Path, table: dict[str, Any]) -> Path
             error.do = f"pip install {install}"
         raise error
     return Path(spec.submodule_search_locations[0]) / str(source["path"])
-
-
-def _trained(run: Path, recipe: Path) -> Path:
-    if not run.is_dir():
-        raise UsageError(
-            f"{recipe.name} trains the model that it exports, and there is no run of it: {run}",
-            do=f"train it first:  edgert train {recipe}",
-        )
-    return run

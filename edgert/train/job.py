@@ -27,11 +27,8 @@ import torch
 from edgert._version import __version__
 from edgert.errors import Diverged, EdgertError, UsageError
 from edgert.files import write_atomic
-from edgert.models.importers import published as importer
-from edgert.models.importers import trained
-from edgert.models.importers.common import Problems
 from edgert.progress import Reporter
-from edgert.train import checkpoint, heldout, metrics, prepare, published
+from edgert.train import beginning, checkpoint, heldout, metrics, prepare, published
 from edgert.train.data import Sampler
 from edgert.train.heldout import Bigram, HeldOut
 from edgert.train.loop import Step, Trainer
@@ -85,6 +82,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
+        del value["speaks"]
         return value | {k: None if v is None else str(v) for k, v in value.items() if k in _PATHS}
 
 
@@ -150,9 +148,10 @@ class _Job:
         sampler = Sampler(self.data.shards, c.window, c.seed, str(self.run))
         self.trainer = trainer = Trainer(self.recipe, sampler, self.group)
         if resume:
-            self._resume()
+            self.saved, notes = beginning.resume(trainer, self.run)
+            self.notes += notes
         elif start is not None:
-            self._start(start)
+            self.notes += beginning.start(trainer, start)
         self.group.wait()
         if self.group.first:
             metrics.cut(self.run / METRICS, trainer.step)
@@ -199,71 +198,6 @@ class _Job:
                 + "\n  - ".join(changed),
                 where=str(self.run),
                 do="put the old values back, or start a new run with -o",
-            )
-
-    def _resume(self) -> None:
-        if not trained.step_folders(self.run):
-            self.notes.append("no checkpoint yet: started from the beginning")
-            return
-        found, damaged = trained.newest(self.run)
-        self.notes += damaged
-        state = found.training()
-        threads = state.get("threads")
-        if threads != torch.get_num_threads():
-            self.notes.append(
-                f"{torch.get_num_threads()} threads instead of {threads}: the loss will agree with "
-                "an uninterrupted run's to rounding, not bit for bit"
-            )
-        where = str(found.folder)
-        self.trainer.restore(
-            found.tensors(trained.WEIGHTS), found.tensors(trained.TENSORS), state, where
-        )
-        self.saved = found.folder
-
-    def _start(self, start: Path) -> None:
-        """Weights, moments and step of a checkpoint; the sampler and all else from the recipe."""
-        t, where = self.trainer, str(start)
-        fresh = t.state()
-        if start.is_dir():
-            found, damaged = trained.newest(start)
-            self.notes += damaged
-            self._fits(found.config.published(), where)
-            state, tensors = found.training(), found.tensors(trained.TENSORS)
-            raw = {k[8:]: v for k, v in tensors.items() if k.startswith("weights.")}
-            weights = raw or found.tensors(trained.WEIGHTS)
-            rest = {k: v for k, v in tensors.items() if not k.startswith("weights.")}
-            step, updates = found.step, state.get("updates", 0)
-        else:
-            file = importer.read(start)
-            self._fits(file.config.published(), where)
-            model = self.recipe.family.assemble(
-                self.recipe.model, file.state, Problems(where), start.stat().st_size
-            )
-            weights, step, rest, updates = model.published(), file.step, {}, 0
-            if file.optimizer is not None:
-                updates, rest = published.moments(file.optimizer, t.optimizer, where)
-            else:
-                self.notes.append("the file has no optimizer state: its moments start at zero")
-        if step >= self.recipe.train.steps:
-            raise UsageError(
-                f"the checkpoint has made {step} steps, the recipe has {self.recipe.train.steps}",
-                where=where,
-                do="raise steps in [train]",
-            )
-        raw = {f"weights.{k}": v for k, v in weights.items()} if t.average is not None else {}
-        tension = None if t.tension is None else 1.0
-        state = fresh | {"step": step, "updates": updates, "tension": tension}
-        t.restore(weights, rest | raw, state, where)
-        if t.tension is not None:
-            t.tension.ema = None  # the first step here sets it, as the first step of a run does
-
-    def _fits(self, config: dict[str, Any], where: str) -> None:
-        changed = differences(config, self.recipe.model.published())
-        if changed:
-            raise UsageError(
-                "the checkpoint is of another model than the recipe's:\n  - "
-                + "\n  - ".join(changed),
-                where=where,
             )
 
     def _loop(self, end: int) -> tuple[bool, float, int]:

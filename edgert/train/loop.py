@@ -156,9 +156,8 @@ class Trainer:
             if type(state.get(key)) is not int or state[key] < 0:
                 problems.add(f"{key} is {shown(state.get(key))}, not a number of steps")
         ema = state.get("tension")
-        if (ema is None) is (self.tension is not None and state.get("step") != 0) or (
-            ema is not None and type(ema) is not float
-        ):
+        fits = type(ema) is float or (ema is None and state.get("step") == 0)
+        if not (fits if self.tension is not None else ema is None):
             problems.add(f"tension is {shown(ema)}, the schedule is {self.config.schedule}")
         source = raw if self.average is not None else weights
         for kind, found in (("weights", source), ("average", weights)):

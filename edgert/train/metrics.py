@@ -6,6 +6,7 @@ Steps are counted from 1: the line of step n is written when n updates have been
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 from contextlib import suppress
@@ -113,11 +114,8 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str, bigram: float | No
 
 
 def _smooth(values: tuple[float, ...], width: int) -> list[float]:
-    """The mean of the last `width` values at each place."""
-    out, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value
-        if i >= width:
-            total -= values[i - width]
-        out.append(total / min(i + 1, width))
-    return out
+    """The mean of the values around each place, up to `width` of them."""
+    sums = [0.0, *itertools.accumulate(values)]
+    half = width // 2
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in spans]

@@ -82,7 +82,16 @@ def training_recipe(folder: Path) -> Target:
         return "".join(lines).encode("utf-8", "surrogatepass")
 
     seeds = [text(table) for table in tables]
-    examples = st.one_of(values_like(tables, scalars()).map(text), bytes_like(seeds))
+
+    def faster(rate: float) -> bytes:  # or next to nothing would be accepted
+        return text(tables[0] | {"train": small | {"learning_rate": rate}})
+
+    examples = st.one_of(
+        values_like(tables, scalars()).map(text),
+        values_like(tables, scalars()).map(text),
+        bytes_like(seeds),
+        st.floats(-1, 2000).map(faster),
+    )
     return Target(seeds, examples, through_file(folder / "recipe.toml", read_recipe))
 
 

@@ -57,7 +57,12 @@ class Halt:
         """Which rows end behind `done` iterations; change float32 [batch], of the newest one."""
         if self.most is not None and done >= self.most:
             return np.ones(len(change), np.bool_)
-        return (change < self.threshold) & (done >= self.least)
+        return (change < self.single) & (done >= self.least)
+
+    @property
+    def single(self) -> float:
+        """The threshold in float32, as the signal is: rows of a batch and single ones agree."""
+        return float(np.float32(self.threshold))
 
     def __str__(self) -> str:
         if self.is_full:

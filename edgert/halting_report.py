@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -85,20 +86,8 @@ class Report:
     recommended: str
 
 
-class _Watching(Halt):
-    """Full depth, keeping the change of every iteration."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        object.__setattr__(self, "seen", [])
-
-    @property
-    def is_full(self) -> bool:
-        return False
-
-    def ended(self, done: int, change: NDArray[np.float32]) -> NDArray[np.bool_]:
-        self.seen.append((done, float(change[0])))  # type: ignore[attr-defined]
-        return np.zeros(len(change), np.bool_)
+WATCHING = Halt(threshold=sys.float_info.min)
+"""Full depth, which nothing ends, but with a look at every change."""
 
 
 def sweep(
@@ -143,17 +132,16 @@ def sweep(
     execution = runner.open(tokens=min(window, len(ids)))
     try:
         _pass(execution, parts[0][:8], Halt())  # a first run is slower
-        watching = _Watching()
-        full = _text(execution, parts, watching)
+        full, seen = _text(execution, parts, WATCHING)
         if thresholds is None:
-            seen = [c for done, c in watching.seen if done < depth]  # type: ignore[attr-defined]
-            thresholds = sorted({float(f"{q:.3g}") for q in np.quantile(seen, QUANTILES)})
+            early = seen[:, : depth - 1]
+            thresholds = sorted({float(f"{q:.3g}") for q in np.quantile(early, QUANTILES)})
         policies = [Halt()]
         policies += [Halt(least=n, most=n) for n in range(depth - 1, 0, -1)]
         policies += [Halt(threshold) for threshold in thresholds]
         points = []
         for done, policy in enumerate(policies):
-            points.append(_point(policy, _text(execution, parts, policy), full))
+            points.append(_point(policy, _text(execution, parts, policy)[0], full))
             if progress is not None:
                 progress(done + 1, len(policies) + 1)
         line = _line(execution, parts[0], depth)
@@ -187,26 +175,35 @@ class _Run:
     seconds: NDArray[np.float64]
 
 
-def _text(execution: Execution, parts: Sequence[NDArray[np.int64]], halt: Halt) -> _Run:
-    runs = [_pass(execution, part, halt) for part in parts]
+def _text(
+    execution: Execution, parts: Sequence[NDArray[np.int64]], halt: Halt
+) -> tuple[_Run, NDArray[np.float64]]:
+    """The whole text, and the changes [tokens, iterations] if it is `WATCHING`."""
+    runs, changes = zip(*(_pass(execution, part, halt) for part in parts), strict=True)
     names = ("best", "costs", "taken", "seconds")
-    return _Run(*(np.concatenate([getattr(run, name) for run in runs]) for name in names))
+    joined = _Run(*(np.concatenate([getattr(run, name) for run in runs]) for name in names))
+    return joined, np.concatenate(changes)
 
 
-def _pass(execution: Execution, ids: NDArray[np.int64], halt: Halt) -> _Run:
+def _pass(
+    execution: Execution, ids: NDArray[np.int64], halt: Halt
+) -> tuple[_Run, NDArray[np.float64]]:
     """Decode one window token by token behind an empty state."""
     execution.reset()
     count = len(ids) - 1
     run = _Run(
         np.empty(count, np.int64), np.empty(count), np.empty(count, np.int64), np.empty(count)
     )
+    changes: list[list[float]] = []
     for i, token in enumerate(ids[:-1].tolist()):
         begun = time.perf_counter()
         io = execution.step(token, halt)
         run.seconds[i] = time.perf_counter() - begun
         run.best[i], run.taken[i] = io.token[0, 0], io.iterations[0]
         run.costs[i] = cross_entropy(io.logits[0], ids[i + 1 : i + 2])[0]
-    return run
+        if halt is WATCHING:
+            changes.append(io.bound.changes)
+    return run, np.array(changes)
 
 
 def _point(policy: Halt, run: _Run, full: _Run) -> Point:
@@ -228,7 +225,7 @@ def _line(execution: Execution, ids: NDArray[np.int64], depth: int, rounds: int 
     times: dict[int, list[float]] = {n: [] for n in range(1, depth + 1)}
     for _ in range(rounds):
         for n in times:
-            times[n] += _pass(execution, ids, Halt(least=n, most=n)).seconds.tolist()
+            times[n] += _pass(execution, ids, Halt(least=n, most=n))[0].seconds.tolist()
     x = np.array(list(times), np.float64)
     y = np.array([np.median(times[n]) * 1e3 for n in times])
     slope, intercept = (float(v) for v in np.polyfit(x, y, 1)) if depth > 1 else (0.0, float(y[0]))

@@ -37,6 +37,7 @@ class BoundStep:
         self._change: NDArray[np.float32] | None = None
         self._prologue: Binding | None = None
         self._bodies: list[Binding] = []
+        self.changes: list[float] = []  # of each iteration, in the newest step that could halt
         parts, loop = runner.parts, runner.loop
         if loop is None:
             self._epilogues = [self._bind("epilogue", 0, 0)]
@@ -100,12 +101,35 @@ class BoundStep:
             taken[:] = max(1, done)
         else:
             spent += _clock() - begun
-            done, inside = self._halting(halt, filled, taken)
+            one = len(filled) == 1
+            done, inside = (self._single if one else self._batched)(halt, filled, taken)
             spent, begun = spent + inside, _clock()
         self._epilogues[done % 2 if self._bodies else 0].run()
         return spent + _clock() - begun
 
-    def _halting(self, halt: Halt, filled: list[int], taken: NDArray[np.int64]) -> tuple[int, int]:
+    def _single(self, halt: Halt, filled: list[int], taken: NDArray[np.int64]) -> tuple[int, int]:
+        """The body until the only row has ended, -> iterations run, nanoseconds in the graphs.
+
+        In plain numbers: an operation on an array takes as long as a small body's product.
+        """
+        assert self._change is not None
+        change, threshold, least = self._change.item, halt.single, halt.least
+        most = min(halt.most or len(self._bodies), len(self._bodies))
+        self.changes = []
+        spent = done = 0
+        for body in self._bodies[:most]:
+            begun = _clock()
+            body.run()
+            spent += _clock() - begun
+            done += 1
+            self.changes.append(now := change())
+            if done >= least and now < threshold:
+                break
+        taken[0] = done
+        self._fill(0, filled[0], done)
+        return done, spent
+
+    def _batched(self, halt: Halt, filled: list[int], taken: NDArray[np.int64]) -> tuple[int, int]:
         """The body until every row has ended, -> iterations run, nanoseconds in the graphs.
 
         A row that ended is frozen: what the body still computes for it is put back, so that it
@@ -138,22 +162,22 @@ class BoundStep:
 
     def _fill(self, row: int, position: int, taken: int) -> None:
         """The rows that a token left at its last iteration stand in for those it skipped."""
-        buffers = self._states.buffers
-        for names, axis in self._columns:
-            source = buffers[names[taken - 1]]
+        for buffers, axis in self._columns:
             at = (slice(row, row + 1), *[slice(None)] * (axis - 1), slice(position, position + 1))
-            for name in names[taken:]:
-                buffers[name].copy(source, at)
+            source = buffers[taken - 1]
+            for buffer in buffers[taken:]:
+                buffer.copy(source, at)
 
 
-def _columns(body: GraphSpec, states: States) -> list[tuple[tuple[str, ...], int]]:
-    """Append states that differ from one iteration to the next: names, and the axis of rows."""
+def _columns(body: GraphSpec, states: States) -> list[tuple[tuple[Buffer, ...], int]]:
+    """Append states that differ from one iteration to the next: buffers, and the axis of rows."""
     found = []
     for wire in body.outputs.values():
         if isinstance(wire, str):
             continue
-        names = tuple(end.partition(".")[2] for end in wire)
+        names = [end.partition(".")[2] for end in wire]
         spec = states.specs[names[0]]
         if spec.kind == "append" and spec.axis is not None:
-            found.append((names, spec.shape.index(spec.axis)))
+            buffers = tuple(states.buffers[name] for name in names)
+            found.append((buffers, spec.shape.index(spec.axis)))
     return found

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import tiny_recipe
 from cases import assert_close
 from command import Result, finished, python
 
-from edgert.errors import Diverged, UsageError
+from edgert.errors import BadFile, Diverged, UsageError
 from edgert.models.importers import trained
 from edgert.train import job
 from edgert.train.metrics import read_metrics
@@ -171,6 +172,20 @@ def test_a_run_killed_before_its_data_was_there_starts_over(tmp_path):
     outcome = job.train(recipe, tmp_path / "run", resume=True, until=3)
     assert outcome.notes == ["no checkpoint yet: started from the beginning"]
     assert [p.name for p in (tmp_path / "run" / "data").iterdir()] == ["shard_00000.bin"]
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    """So that the same command works when what was wrong has been put right."""
+    recipe = recipe_of(tmp_path)
+    (tmp_path / "text.txt").write_bytes(b"some text \xff")
+    with pytest.raises(BadFile, match="byte 0xff at offset 10"):
+        job.train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "text.txt").write_text("too short")
+    with pytest.raises(UsageError, match="a window of 16 tokens needs shards of 18"):
+        job.train(replace(recipe, data=replace(recipe.data, holdout=0.0)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert job.train(recipe_of(tmp_path), tmp_path / "run", until=1).step == 1
 
 
 def test_a_changed_recipe_is_refused_with_its_keys(tmp_path):

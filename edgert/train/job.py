@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ class Watcher(Reporter):
 class Outcome:
     """What a session did. Losses are nats a token.
 
-    first, last  mean training loss of the run's first and last up to ten logged steps
+    first, last  training loss of the run's first logged step; mean of the last ten
     tokens_per_s of training steps in this session; evaluation and checkpoints not counted
     speaks       of several processes, the one whose figures are complete
     """
@@ -114,9 +115,9 @@ def train(
     if the disk refuses.
     """
     with workers() as group:
-        silent = watcher is None or not group.first
+        heard = watcher if watcher is not None and group.first else Watcher()
         with _locked(run, resume, group):
-            job = _Job(recipe, run, group, Watcher() if silent else watcher, write_published)
+            job = _Job(recipe, run, group, heard, write_published)
             return job.run_all(recipe_text, resume, until, start)
 
 
@@ -126,10 +127,9 @@ class _Job:
         recipe: TrainRecipe,
         run: Path,
         group: Workers,
-        watcher: Watcher | None,
+        watcher: Watcher,
         write_published: bool,
     ) -> None:
-        assert watcher is not None
         self.recipe, self.run, self.group = recipe, run, group
         self.watcher, self.write_published = watcher, write_published
         self.notes: list[str] = []
@@ -140,21 +140,13 @@ class _Job:
     ) -> Outcome:
         began = time.perf_counter()
         c = self.recipe.train
+        try:
+            trainer = self._begin(recipe_text, resume, start)
+        except BaseException:
+            if not resume and self.group.first:  # nothing to go on with: the next try starts afresh
+                shutil.rmtree(self.run, ignore_errors=True)
+            raise
         end = min(c.steps, until or c.steps)
-        if self.group.first:
-            self._prepare(recipe_text, resume)
-        self.group.wait()
-        self.data = prepare.open_data(self.recipe, self.run)
-        sampler = Sampler(self.data.shards, c.window, c.seed, str(self.run))
-        self.trainer = trainer = Trainer(self.recipe, sampler, self.group)
-        if resume:
-            self.saved, notes = beginning.resume(trainer, self.run)
-            self.notes += notes
-        elif start is not None:
-            self.notes += beginning.start(trainer, start)
-        self.group.wait()
-        if self.group.first:
-            metrics.cut(self.run / METRICS, trainer.step)
         stopped, spent, made = self._loop(end)
         outcome = Outcome(
             run=self.run,
@@ -178,6 +170,25 @@ class _Job:
             self._report(outcome, began)
         self.group.wait()
         return outcome
+
+    def _begin(self, recipe_text: str, resume: bool, start: Path | None) -> Trainer:
+        """The trainer at the step where this session begins, the run's files to match."""
+        if self.group.first:
+            self._prepare(recipe_text, resume)
+        self.group.wait()
+        c = self.recipe.train
+        self.data = prepare.open_data(self.recipe, self.run)
+        sampler = Sampler(self.data.shards, c.window, c.seed, str(self.run))
+        self.trainer = Trainer(self.recipe, sampler, self.group)
+        if resume:
+            self.saved, notes = beginning.resume(self.trainer, self.run)
+            self.notes += notes
+        elif start is not None:
+            self.notes += beginning.start(self.trainer, start)
+        self.group.wait()
+        if self.group.first:
+            metrics.cut(self.run / METRICS, self.trainer.step)
+        return self.trainer
 
     def _prepare(self, recipe_text: str, resume: bool) -> None:
         done = (self.run / prepare.RUN).is_file()

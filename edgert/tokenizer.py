@@ -327,8 +327,10 @@ def _decoder_kind(decoder: Any, where: str) -> str:
     per_token = {"Replace", "ByteFallback", "Metaspace", "WordPiece", "BPEDecoder", "Strip"}
     exact = set(names[:joined]) <= per_token and set(names[joined:]) <= {"Fuse", "Strip"}
     if not exact or any(step.get("stop") for step in steps):
+        more = f" and {len(names) - 12} more steps" if len(names) > 12 else ""
         raise UnsupportedModel(
-            f"the tokenizer's decoder {' + '.join(names)} cannot be streamed exactly", where=where
+            f"the tokenizer's decoder {' + '.join(names[:12])}{more} cannot be streamed exactly",
+            where=where,
         )
     return "fallback" if "ByteFallback" in names else "pieces"
 

@@ -23,7 +23,9 @@ from edgert.errors import GateFailed
 from edgert.export import write
 from edgert.export.check import check_bundle
 from edgert.models import layers
-from edgert.models.decoder import Decoder, graphs
+from edgert.models.decoder import Decoder
+from edgert.models.hagi.graphs import graphs
+from edgert.models.hagi.model import HAGI
 from edgert.models.importers import load_source
 from edgert.models.program import Program
 
@@ -177,7 +179,7 @@ def test_nothing_appears_where_nothing_was(source, tmp_path, monkeypatch, capsys
 
 
 @pytest.fixture(scope="module")
-def model_a(model_a_checkpoint) -> Decoder:
+def model_a(model_a_checkpoint) -> HAGI:
     return load_source(model_a_checkpoint).model
 
 
@@ -207,12 +209,12 @@ def test_a_sound_bundle_passes_every_check(model_a_bundle, program) -> None:
 
 WEIGHTS = [
     ("embed", "k.0"),
-    ("blocks.0.attn_norm", "k.0"),
-    ("blocks.0.wo", "k.1"),
-    ("blocks.1.w_down", "k.2"),
-    ("blocks.3.w_gate_up", "k.4"),
-    ("bias", "k.4"),
-    ("blocks.4.w_down", "logits"),
+    ("perception.0.attn_norm", "k.0"),
+    ("perception.0.wo", "k.1"),
+    ("perception.1.w_down", "k.2"),
+    ("reasoning.1.w_gate_up", "k.4"),
+    ("iter_embed", "k.4"),
+    ("expression.0.w_down", "logits"),
     ("final_norm", "logits"),
 ]
 
@@ -240,7 +242,7 @@ def test_one_wrong_weight_is_found_where_it_shows_first(
 def test_values_that_are_no_numbers_never_pass(model_a_bundle, model_a, program, copied) -> None:
     """NaN is no small difference."""
     bundle = copied(model_a_bundle)
-    weight = model_a.blocks[2].w_down.detach()
+    weight = model_a.reasoning[0].w_down.detach()
     change_weight(bundle, weight, lambda values: values.fill(np.nan))
     with pytest.raises(GateFailed, match=r"state 'k\.3' differs .*: nan instead of "):
         check_bundle(bundle, program, "fp32")
@@ -249,7 +251,7 @@ def test_values_that_are_no_numbers_never_pass(model_a_bundle, model_a, program,
 def test_a_model_that_computes_no_numbers_never_passes(model_a_bundle, model_a_checkpoint) -> None:
     """Where eager torch itself says NaN, equality proves nothing."""
     model = load_source(model_a_checkpoint).model
-    model.blocks[1].w_down[:] = torch.nan
+    model.perception[1].w_down[:] = torch.nan
     with pytest.raises(GateFailed, match="instead of nan"):
         check_bundle(model_a_bundle, graphs(model), "fp32")
 

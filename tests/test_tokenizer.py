@@ -419,6 +419,14 @@ def test_decoders_that_cannot_be_streamed_are_refused(decoder):
         wrapped(pieces(decoder))
 
 
+def test_what_is_said_of_a_long_decoder_is_short():
+    """Found by fuzzing: the message listed all of its thousands of steps."""
+    steps = [decoders.Fuse(), decoders.Replace("ab", "c")] * 2000
+    with pytest.raises(UnsupportedModel, match="and 3988 more steps cannot be streamed") as caught:
+        wrapped(pieces(decoders.Sequence(steps)))
+    assert len(str(caught.value)) < 1000
+
+
 def test_nested_decoder_sequences_are_understood():
     """A byte-level decoder inside sequences is a byte-level decoder."""
     nested = decoders.Sequence([decoders.Sequence([decoders.ByteLevel()]), decoders.Fuse()])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 LINES = 20  # of progress where no terminal shows a bar
 
 
-@click.command(epilog="example: edgert train export/hagi-d-tiny.toml -o runs/first")
+@click.command(epilog="example: edgert train RECIPE -o runs/first --steps 100")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @option(
     "-o",

@@ -136,7 +136,7 @@ def _write_graphs(
                     name = f"{graph.name}-{lowering}{form}"
                     with reporter.stage("tracing", f"{graph.name}{form} ({lowering})"):
                         model = trace(program, graph, lowering)
-                    check_weights(model, program.weights, name)
+                    check_weights(model, program.weights, f"{graph.name}{form} ({lowering})")
                     strip(model)
                     weights.externalize(model)
                     file = folder / f"{name}.onnx"

@@ -150,22 +150,22 @@ def checkpoint(folder: Path) -> Target:
     """A torch.save archive: its zip, its pickle with sound checksums, and its content."""
     import torch
 
+    from edgert.models.hagi.model import HAGI
     from edgert.models.importers import load_source
-    from edgert.models.importers.assemble import expected_shapes, numbered
     from edgert.models.importers.common import Problems
-    from edgert.models.importers.published import _PARTS, Names, read_config
+    from edgert.models.importers.published import read_config
 
     config = {
         "vocab_size": 11,
-        "hidden_size": 8,
+        "hidden_size": 16,
         "perception_layers": 1,
-        "reasoning_layers": 0,
-        "expression_layers": 1,
-        "use_loop": False,
-        "loop_count": 3,
-        "use_gdr": False,
+        "reasoning_layers": 1,
+        "expression_layers": 0,
+        "use_loop": True,
+        "loop_count": 2,
+        "use_gdr": True,
         "transformer": {
-            "hidden_size": 8,
+            "hidden_size": 16,
             "num_query_heads": 2,
             "num_kv_heads": 1,
             "intermediate_size": 8,
@@ -173,20 +173,13 @@ def checkpoint(folder: Path) -> Target:
             "rope_theta": 100.0,
             "norm_eps": 1e-5,
         },
-        "grades": {"scalar": 2},
+        "grades": {"scalar": 2, "vector": 8, "bivector": 2, "trivector": 2, "residual": 2},
     }
     known, _ = read_config(config, Problems("seed"))
-    names = Names(
-        embed="embed.weight",
-        final_norm="final_norm.weight",
-        head="lm_head.weight",
-        blocks=numbered(known.prefixes(), _PARTS),
-        bias="iter_embed",
-    )
     generator = torch.Generator().manual_seed(9)
     state = {
-        name: torch.randn(shape, generator=generator)
-        for name, shape in expected_shapes(known.decoder, names).items()
+        name: torch.randn(view.shape, generator=generator)
+        for name, view in HAGI(known).published().items()
     }
 
     def saved(config: Any, state: Any, step: Any = 7) -> bytes:

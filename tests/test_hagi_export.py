@@ -28,14 +28,14 @@ from edgert.runner import Runner
 UNROLLED = ("model_d",)
 """Cases whose bundles have the unrolled form, too; with the long tests all of them have."""
 
-FUSED_ONLY = ("model_d_nogeo", "model_d_snapshot")
+FUSED_ONLY = ("model_c", "model_d_gated", "model_d_nogeo", "model_d_snapshot")
 """Cases that are exported in one lowering, which is quick; with the long tests in both."""
 
 CASES = cases("hagi", has_forward)
 BOTH_FORMS = [pytest.param((case, case.name in UNROLLED), id=case.name) for case in CASES] + [
     pytest.param((case, True), id=f"{case.name}-unrolled", marks=pytest.mark.full)
     for case in CASES
-    if case.name not in UNROLLED and case.meta["config"].get("use_loop")
+    if case.name not in UNROLLED
 ]
 
 

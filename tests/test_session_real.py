@@ -51,7 +51,7 @@ def bundle(tmp_path_factory) -> Path:
     return exported(tmp_path_factory)
 
 
-@pytest.fixture(scope="module", params=["ort", "portable"])
+@pytest.fixture(scope="module", params=["ort", pytest.param("portable", marks=pytest.mark.full)])
 def model(request, bundle) -> Iterator[Model]:
     with edgert.load(bundle, lowering=request.param) as model:
         yield model

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from edgert.spec import GraphSpec, LoopSpec, Manifest, VariantSpec, endpoints
 
-PARTS = ("prologue", "body", "epilogue")  # in the order in which a step runs them
-ITERATION = "loop.iteration"
-
 
 def wiring_problems(manifest: Manifest) -> list[str]:
     """Every fault of the wiring as 'json.path: what is wrong', in no particular order."""
@@ -23,11 +20,10 @@ def wiring_problems(manifest: Manifest) -> list[str]:
             what = "no state" if counter is None else f"of kind {counter.kind}"
             problems.append(f"states.{name}.counter: {state.counter!r} is {what}, not a counter")
     program = manifest.program
-    played = [graph for part in PARTS if (graph := getattr(program, part)) is not None]
-    for part in PARTS:
-        graph = getattr(program, part)
-        if graph is not None and played.count(graph) > 1:
-            problems.append(f"program.{part}: the graph {graph!r} plays two parts")
+    played = list(program.parts.values())
+    for part, player in program.parts.items():
+        if player is not None and played.count(player) > 1:
+            problems.append(f"program.{part}: the graph {player!r} plays two parts")
     if program.loop is not None and program.body is None:
         problems.append("program.loop: there is no body that it could repeat")
     read: set[str] = set()

@@ -180,3 +180,18 @@ def json_like(draw: Draw, seeds: Sequence[Any]) -> bytes:
         key = json.dumps(draw(st.sampled_from(sorted(seed) if isinstance(seed, dict) else ["a"])))
         text = f"{text[:at]}{key}:{dump(draw(written()))},{text[at:]}"
     return text.encode("utf-8", "surrogatepass")
+
+
+def toml_text(table: Any) -> bytes:
+    """Any value as the text of a TOML file; what is no table stands for its first key."""
+    items = table.items() if isinstance(table, dict) else [("format_version", table)]
+    lines = [f"{json.dumps(key)} = {_toml(value)}\n" for key, value in items]
+    return "".join(lines).encode("utf-8", "surrogatepass")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from mutations import bytes_like, change_bytes, change_value, json_like, scalars, values_like
+from mutations import (
+    bytes_like,
+    change_bytes,
+    change_value,
+    json_like,
+    scalars,
+    toml_text,
+    values_like,
+)
 from target import Target, through_file
 
 Files = dict[str, bytes]
@@ -341,24 +349,12 @@ def recipe(folder: Path) -> Target:
         },
     ]
 
-    def toml(value: Any) -> str:
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, list):
-            return "[" + ", ".join(map(toml, value)) + "]"
-        return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
-
-    def text(table: Any) -> bytes:
-        items = table.items() if isinstance(table, dict) else [("format_version", table)]
-        lines = [f"{json.dumps(key)} = {toml(value)}\n" for key, value in items]
-        return "".join(lines).encode("utf-8", "surrogatepass")
-
-    seeds = [text(table) for table in tables]
+    seeds = [toml_text(table) for table in tables]
     digits = st.integers(1, 6000).map(lambda n: b"format_version = " + b"1" * n)
     nested = st.integers(1, 3000).map(lambda n: b"a = " + b"[" * n + b"]" * n)
     examples = st.one_of(
-        values_like(tables, scalars()).map(text),
-        values_like(tables, scalars()).map(text),
+        values_like(tables, scalars()).map(toml_text),
+        values_like(tables, scalars()).map(toml_text),
         bytes_like(seeds),
         st.sampled_from(["edgert", "os", "__main__", "None", "numpy"]).map(
             lambda name: seeds[1].replace(

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
-from mutations import bytes_like, change_bytes, change_value, json_like, scalars, values_like
+from mutations import (
+    bytes_like,
+    change_bytes,
+    change_value,
+    json_like,
+    scalars,
+    toml_text,
+    values_like,
+)
 from target import Target, through_file
 
 Files = dict[str, bytes]
@@ -69,26 +77,14 @@ def training_recipe(folder: Path) -> Target:
         },
     ]
 
-    def toml(value: Any) -> str:
-        if isinstance(value, dict):
-            return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, list):
-            return "[" + ", ".join(map(toml, value)) + "]"
-        return json.dumps(value).replace("NaN", "nan").replace("Infinity", "inf")
-
-    def text(table: Any) -> bytes:
-        items = table.items() if isinstance(table, dict) else [("format_version", table)]
-        lines = [f"{json.dumps(key)} = {toml(value)}\n" for key, value in items]
-        return "".join(lines).encode("utf-8", "surrogatepass")
-
-    seeds = [text(table) for table in tables]
+    seeds = [toml_text(table) for table in tables]
 
     def faster(rate: float) -> bytes:  # or next to nothing would be accepted
-        return text(tables[0] | {"train": small | {"learning_rate": rate}})
+        return toml_text(tables[0] | {"train": small | {"learning_rate": rate}})
 
     examples = st.one_of(
-        values_like(tables, scalars()).map(text),
-        values_like(tables, scalars()).map(text),
+        values_like(tables, scalars()).map(toml_text),
+        values_like(tables, scalars()).map(toml_text),
         bytes_like(seeds),
         st.floats(-1, 2000).map(faster),
     )

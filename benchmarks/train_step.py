@@ -17,7 +17,8 @@ from statistics import median
 import click
 import numpy as np
 import torch
-from plain_train import Loop, Plain
+from plain_model import Plain
+from plain_train import Loop
 
 from edgert.train.data import Sampler
 from edgert.train.loop import Trainer

@@ -255,6 +255,30 @@ def test_gradients_can_be_reached_by_published_names() -> None:
     assert torch.equal(q, block.wqkv.grad.T[:24])  # type: ignore[union-attr,operator]
 
 
+def test_gradient_checkpointing_saves_memory_and_changes_no_bit() -> None:
+    """Of what a forward pass keeps for the backward one, what lies inside a stage is left out."""
+    ids = torch.randint(0, 19, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def trained(model: HAGI) -> tuple[int, list[Tensor]]:
+        kept: dict[int, int] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            if not isinstance(x, torch.nn.Parameter):
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model.requires_grad_(True).loss(ids, ids)
+        loss.backward()
+        return sum(kept.values()), [loss, *(p.grad for p in model.parameters())]  # type: ignore[list-item]
+
+    all_of_it, expected = trained(tiny())
+    some, found = trained(tiny(gradient_checkpointing=True))
+    assert some < all_of_it / 4
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_loss_in_chunks_is_the_same() -> None:
     """But for a batch without targets: 0 in chunks, undefined at once."""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7]])

@@ -114,16 +114,23 @@ class Step(ABC):
 
 
 class Eager(Step):
-    """The whole sequence at once from position 0. Keys are kept after rotation, like the state."""
+    """The whole sequence at once from position 0. Keys are kept after rotation, like the state.
 
-    def __init__(self, heads: Heads, cos: Tensor, sin: Tensor, tokens: int) -> None:
+    keep  False leaves nothing behind, so that training may forget what it can compute again
+    """
+
+    def __init__(
+        self, heads: Heads, cos: Tensor, sin: Tensor, tokens: int, keep: bool = True
+    ) -> None:
         super().__init__(heads)
         self.cos, self.sin = paired(cos[:tokens], sin[:tokens])
+        self.keep = keep
 
     def attend(self, slot: int, qkv: Tensor) -> Tensor:
         q, k, v = split_heads(qkv, self.heads)
         q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
-        self.k[slot], self.v[slot] = k, v
+        if self.keep:
+            self.k[slot], self.v[slot] = k, v
         repeat = self.heads.query // self.heads.kv
         out = F.scaled_dot_product_attention(
             q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), is_causal=True

@@ -8,9 +8,13 @@ Slots    of keys and values, one per executed attention: perception, then iterat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from edgert.models.block import Block, Pick, parts, stack, values
 from edgert.models.hagi.config import HAGIConfig
@@ -73,12 +77,19 @@ class HAGI(nn.Module):
     def hidden(self, step: Step, ids: Tensor, iterations: int | None = None) -> Tensor:
         """All stages: ids int64 [B, T] -> the residual stream [B, T, H]."""
         c = self.config
-        h = self.perceive(step, ids)
+        h = self.stage(self.perceive, step, ids)
         slot = c.perception_layers
         for i in range(c.iterations if iterations is None else iterations):
-            h = self.reason(step, h, self.iter_embed[i], slot)
+            h = self.stage(self.reason, step, h, self.iter_embed[i], slot)
             slot += c.reasoning_layers
-        return self.express(step, h, c.slots - c.expression_layers)
+        return self.stage(self.express, step, h, c.slots - c.expression_layers)
+
+    def stage(self, run: Callable[..., Tensor], *args: Any) -> Tensor:
+        """`run(*args)`; with `gradient_checkpointing`, backward computes its inside again."""
+        if not (self.config.gradient_checkpointing and torch.is_grad_enabled()):
+            return run(*args)
+        # Nothing in a stage is random.
+        return cast(Tensor, checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False))
 
     def logits(self, step: Step, x: Tensor) -> Tensor:
         """Residual stream [B, S, H] -> logits [B, S, V]."""
@@ -97,8 +108,8 @@ class HAGI(nn.Module):
         step = step or self.eager(ids.shape[1])
         return self.logits(step, self.hidden(step, ids, iterations))
 
-    def eager(self, tokens: int) -> Eager:
-        return Eager(self.config.heads, self.cos, self.sin, tokens)
+    def eager(self, tokens: int, keep: bool = True) -> Eager:
+        return Eager(self.config.heads, self.cos, self.sin, tokens, keep)
 
     def loss(self, ids: Tensor, targets: Tensor, iterations: int | None = None) -> Tensor:
         """Mean cross-entropy over targets [B, T] other than -100, in nats.
@@ -106,7 +117,7 @@ class HAGI(nn.Module):
         With `ce_chunk_size` k, logits exist for k positions at a time, and a batch without any
         target costs 0 instead of NaN.
         """
-        step = self.eager(ids.shape[1])
+        step = self.eager(ids.shape[1], keep=False)
         h = self.hidden(step, ids, iterations).flatten(0, 1)
         wanted, chunk = targets.flatten(), self.config.ce_chunk_size
         if not 0 < chunk < len(h):

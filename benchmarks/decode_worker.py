@@ -1,0 +1,98 @@
+"""Worker of decode.py: one process, one side. Loads, then answers each line on stdin with a run.
+
+Argument: JSON with side, bundle, source, threads, ids, tokens. Answers: JSON lines.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from peer_measure import Window, own_memory, report, task
+
+Run = Callable[[], dict[str, Any]]
+
+STREAM_BYTES = 1 << 29  # of each thread: far beyond any cache
+
+
+def with_edgert(orders: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    from peer_edgert import request
+
+    import edgert
+
+    model = edgert.load(Path(orders["bundle"]), threads=orders["threads"])
+    facts = {"placement": model.placement, "parameters": model.manifest.parameters}
+    return lambda: request(model, orders["ids"], orders["tokens"]), facts
+
+
+def with_torch(orders: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    import torch
+    from plain_decode import Decoder, decode
+    from plain_model import Plain
+
+    from edgert.models.importers import load_source
+
+    torch.set_num_threads(orders["threads"])
+    source = load_source(Path(orders["source"])).model
+    model = Plain(source.config)
+    model.load_state_dict(source.published(), strict=False)
+    missing = set(model.state_dict()) - set(source.published())
+    if missing:
+        raise ValueError(f"the plain model has other weights: {', '.join(sorted(missing))}")
+    ids, tokens = orders["ids"], orders["tokens"]
+    decoder = Decoder(model, len(ids) + tokens).eval()
+    compiled = None
+    if orders["side"] == "compiled":
+        compiled = torch.compile(decoder, fullgraph=True, dynamic=False)
+    facts = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "bytes_per_token": model.bytes_per_token(),
+    }
+    return lambda: decode(decoder, ids, tokens, compiled), facts
+
+
+def with_memory(orders: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
+    """How fast this machine reads memory: `threads` dot products side by side."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    import time
+
+    import numpy as np
+
+    count = orders["threads"]
+    arrays = [np.ones(STREAM_BYTES // 4, np.float32) for _ in range(count)]
+    pool = ThreadPoolExecutor(count)
+
+    def run() -> dict[str, Any]:
+        begun = time.perf_counter()
+        list(pool.map(lambda a: a @ a, arrays))
+        return {"gb_per_s": count * STREAM_BYTES / (time.perf_counter() - begun) / 1e9}
+
+    return run, {}
+
+
+SIDES = {
+    "edgert": with_edgert,
+    "eager": with_torch,
+    "compiled": with_torch,
+    "memory": with_memory,
+}
+
+
+def main() -> None:
+    orders = task()
+    run, facts = SIDES[orders["side"]](orders)
+    run()  # warm-up; compiles
+    report(facts)
+    for _ in sys.stdin:
+        window = Window()
+        found = run()
+        report(found | {"others": window.others(), "memory": own_memory()})
+
+
+if __name__ == "__main__":
+    main()

@@ -93,8 +93,8 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str, bigram: float | No
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, color="#9db8d2", linewidth=0.8, label="training, each step")
             if len(points) >= 20:
-                smooth = _smooth(losses, max(5, len(points) // 40))
-                axes.plot(steps, smooth, color="#1f5a92", linewidth=1.8, label="training, mean")
+                means = smooth(losses, max(5, len(points) // 40))
+                axes.plot(steps, means, color="#1f5a92", linewidth=1.8, label="training, mean")
         if evaluated:
             axes.plot(
                 *zip(*evaluated, strict=True), "o-", color="#c2571a", markersize=4, label="held out"
@@ -113,7 +113,7 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str, bigram: float | No
     write_atomic(path, buffer.getvalue())
 
 
-def _smooth(values: tuple[float, ...], width: int) -> list[float]:
+def smooth(values: tuple[float, ...], width: int) -> list[float]:
     """The mean of the values around each place, up to `width` of them."""
     sums = [0.0, *itertools.accumulate(values)]
     half = width // 2

@@ -199,8 +199,8 @@ def load(
     precision  one that the bundle holds ('fp32'); None takes the best one
     lowering   'ort' or 'portable'; None takes the fastest the device runs
     variant    the name of one that the bundle holds, such as 'fp32-ort-unrolled'
-    threads    0: one per physical core, or the pool that the application has made for all its
-               ONNX Runtime sessions
+    threads    0: one per physical core (a single one for a model of a few megabytes), or the
+               pool that the application has made for all its ONNX Runtime sessions
     prepack    False maps the weights instead of copying them into ONNX Runtime's own layout:
                less memory and a load in no time, for slower steps
     verify     hash every file again, even if this bundle was verified before

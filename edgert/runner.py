@@ -77,7 +77,9 @@ class Runner:
         }
         self.loop = manifest.program.loop if "body" in self.parts else None
         self.graphs: dict[str, LoadedGraph] = {}
-        backend.expect(len(self.parts))
+        files = {name for spec in self.parts.values() for name in (spec.file, *spec.data)}
+        nbytes = sum(entry.bytes for name, entry in manifest.files.items() if name in files)
+        backend.expect(len(self.parts), nbytes)
         for part, spec in self.parts.items():
             self.graphs[part] = backend.load(
                 GraphSource(

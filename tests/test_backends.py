@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from edgert.backends import lowerings, open_backend
 from edgert.backends.base import GraphSource, LoadedGraph
 from edgert.backends.fake import FakeBackend
-from edgert.backends.ort import OrtBackend, default_threads
+from edgert.backends.ort import SMALL, OrtBackend, default_threads
 from edgert.errors import (
     BadBundle,
     EdgertError,
@@ -308,11 +308,22 @@ def test_the_placement_says_what_runs_where(ort):
     assert ort.placement == f"onnxruntime {onnxruntime.__version__} · CPU · {count}"
 
 
+@pytest.mark.parametrize(
+    ("asked", "nbytes", "used"),
+    [(0, SMALL - 1, 1), (0, SMALL, default_threads()), (3, SMALL - 1, 3), (3, SMALL, 3)],
+)
+def test_a_small_model_runs_on_one_thread_unless_told(asked, nbytes, used):
+    backend = OrtBackend(threads=asked)
+    backend.expect(1, nbytes)
+    assert backend.build["threads"] == str(used)
+    assert backend.placement.endswith(f" {used} thread{'s' * (used > 1)}")
+
+
 @pytest.mark.parametrize("threads", [-1, 1025])
 def test_an_impossible_number_of_threads_is_refused(threads):
     with pytest.raises(UsageError, match=f"threads = {threads} is not possible") as caught:
         OrtBackend(threads=threads)
-    assert "0 (one per physical core) to 1024" in str(caught.value)
+    assert "0 (edgert chooses) to 1024" in str(caught.value)
 
 
 def test_without_prepacking_the_answers_are_the_same(tmp_path):

@@ -90,8 +90,9 @@ class Backend(ABC):
     placement: str
     build: dict[str, str]
 
-    def expect(self, graphs: int) -> None:  # noqa: B027 - most backends have nothing to do
-        """How many graphs of one model follow, that run one after the other."""
+    def expect(self, graphs: int, nbytes: int) -> None:  # noqa: B027 - most have nothing to do
+        """What one model brings: how many graphs, that run one after the other, and the bytes of
+        their files."""
 
     @abstractmethod
     def load(self, source: GraphSource) -> LoadedGraph: ...

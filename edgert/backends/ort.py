@@ -50,6 +50,11 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
+SMALL = 8 << 20
+"""Bytes of a model that one core runs as fast as several: below, what a step computes takes no
+longer than waking and joining threads, and a neighbour that takes their core away costs more."""
+
+
 def default_threads() -> int:
     """Physical cores this process may use."""
     import psutil
@@ -137,9 +142,10 @@ class OrtGraph(LoadedGraph):
 
 
 class OrtBackend(Backend):
-    """`threads` 0 means one per physical core, or the pool that the application has made for all
-    its ONNX Runtime sessions. edgert makes no such pool itself: from then on ONNX Runtime would
-    refuse every session of the application that does not ask for it.
+    """`threads` 0 means one per physical core (one in all for a model below `SMALL`), or the pool
+    that the application has made for all its ONNX Runtime sessions. edgert makes no such pool
+    itself: from then on ONNX Runtime would refuse every session of the application that does not
+    ask for it.
 
     `prepack` trades memory for speed: ONNX Runtime copies matrices into its own layout (faster),
     or reads them mapped from the file (smaller, loads at once). Raises UsageError for a number of
@@ -152,29 +158,29 @@ class OrtBackend(Backend):
         if not 0 <= threads <= MAX_THREADS:
             raise UsageError(
                 f"threads = {threads} is not possible",
-                do=f"use 0 (one per physical core) to {MAX_THREADS}",
+                do=f"use 0 (edgert chooses) to {MAX_THREADS}",
             )
         self._ort = ort = _onnxruntime()
         self._threads = threads
         self._options = options = ort.SessionOptions()
         options.log_severity_level = _SILENT
-        options.intra_op_num_threads = count = threads or default_threads()
         options.inter_op_num_threads = 1
-        self._place(f"{count} thread{'s' * (count > 1)}")
         self.build = {
             "backend": f"{self.name} {ort.__version__}",
             "machine": instruction_set(),
-            "threads": str(count),
             "prepack": str(prepack).lower(),
         }
+        self._use(threads or default_threads())
         # Plans of activation memory per input shape: they save no time here, and cost 12 MB.
         options.enable_mem_pattern = False
         if not prepack:
             options.add_session_config_entry("session.disable_prepacking", "1")
 
-    def expect(self, graphs: int) -> None:
+    def expect(self, graphs: int, nbytes: int) -> None:
         """Each graph has a pool of threads. Those of the graphs that do not run must not spin on
         the cores of the one that does."""
+        if not self._threads and nbytes < SMALL:
+            self._use(1)
         if graphs > 1:
             self._options.add_session_config_entry("session.force_spinning_stop", "1")
 
@@ -193,12 +199,16 @@ class OrtBackend(Backend):
                 do="leave threads at 0 to share that pool, or use another process",
             )
         self._options.use_per_session_threads = False
-        self.build["threads"] = "the application's"
-        self._place("the application's threads")
+        self._say("the application's", "the application's threads")
         return OrtGraph(self._ort, source, self._options)
 
-    def _place(self, threads: str) -> None:
-        self.placement = f"onnxruntime {self._ort.__version__} · CPU · {threads}"
+    def _use(self, threads: int) -> None:
+        self._options.intra_op_num_threads = threads
+        self._say(str(threads), f"{threads} thread{'s' * (threads > 1)}")
+
+    def _say(self, threads: str, words: str) -> None:
+        self.build["threads"] = threads
+        self.placement = f"onnxruntime {self._ort.__version__} · CPU · {words}"
 
     def allocate(self, dtype: str, shape: tuple[int, ...]) -> OrtBuffer:
         return OrtBuffer(host_zeros(dtype, shape))

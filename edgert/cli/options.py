@@ -50,7 +50,7 @@ placement = stacked(
         type=click.IntRange(0, 1024),
         default=0,
         metavar="N",
-        help="0: one per physical core (the default).",
+        help="0 (the default): one per physical core, a single one for a model of a few MB.",
     ),
     option(
         "--low-memory",

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import EdgertError, UsageError
+from edgert.files import read_at_most
 from edgert.generate import check_ids
 from edgert.runner import SCORE_CHUNK, Execution
 
@@ -267,7 +268,7 @@ def _read(path: Path) -> bytes:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise UsageError("the data is not a regular file", where=str(path))
         with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(MAX_DATA_BYTES + 1)
+            data = read_at_most(file, MAX_DATA_BYTES + 1)
     finally:
         os.close(descriptor)
     if len(data) > MAX_DATA_BYTES:

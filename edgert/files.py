@@ -107,6 +107,15 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     return data
 
 
+def read_at_most(file: BinaryIO, limit: int) -> bytes:
+    """The rest of a file, cut off behind `limit` bytes; `file.read(limit)` would ask for memory of
+    that size before it looks at the file."""
+    data = bytearray()
+    while piece := file.read(min(_CHUNK, limit - len(data))):
+        data += piece
+    return bytes(data)
+
+
 def without_waiting(path: str, flags: int) -> int:
     """An opener for `open`: what turns out to be a FIFO does not make us wait for its writer."""
     return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)

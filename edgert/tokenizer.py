@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from edgert.errors import BadTokenizer, MissingDependency, UnsupportedModel, UsageError
+from edgert.files import read_at_most
 from edgert.spec import TokenizerSpec
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -399,7 +400,7 @@ def _read_capped(path: Path) -> bytes:
         if not stat.S_ISREG(found.st_mode):
             raise BadTokenizer("the tokenizer is not a regular file", where=str(path))
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+            content = read_at_most(file, MAX_FILE_BYTES + 1)
     except OSError as error:
         raise BadTokenizer(
             f"the tokenizer cannot be read: {error.strerror}", where=str(path)

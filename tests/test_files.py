@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from edgert.errors import BadBundle, BadFile, EdgertError
 from edgert.files import (
     list_tree,
     open_regular,
+    read_at_most,
     read_regular,
     resolve_inside,
     safe_relative,
@@ -302,3 +304,15 @@ def test_system_error_is_typed_and_leaves_the_old_file(tmp_path, monkeypatch, ca
     assert caught.value.where == str(path)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_limit_costs_no_memory_of_its_size(tmp_path):
+    path = tmp_path / "small"
+    path.write_bytes(b"abc" * 1000)
+    tracemalloc.start()
+    with path.open("rb") as file:
+        assert read_at_most(file, 1 << 30) == b"abc" * 1000
+        file.seek(0)
+        assert read_at_most(file, 7) == b"abcabca"
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()

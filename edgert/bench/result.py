@@ -22,6 +22,7 @@ from edgert.bench.plan import Work
 from edgert.bench.statistics import rates, summary
 from edgert.bench.verify import Verified
 from edgert.errors import BadFile, EdgertError, NewerFormat
+from edgert.files import read_at_most
 from edgert.model import Model
 
 FORMAT = 1
@@ -167,7 +168,7 @@ def read_result(path: Path) -> Result:
     """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = read_at_most(file, MAX_BYTES + 1)
     except OSError as error:
         raise BadFile(f"the file cannot be read: {error.strerror}", where=str(path)) from error
     do = "give a file that `edgert bench ... --json` wrote"

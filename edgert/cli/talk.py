@@ -121,7 +121,9 @@ def _prompt(given: dict[str, Any]) -> str | list[int]:
         return parse_ids(given["ids"])
     if given["prompt"] is not None:
         return _utf8(str(given["prompt"]))
-    data = given["prompt_file"].read(MAX_PROMPT_BYTES + 1)
+    from edgert.files import read_at_most
+
+    data = read_at_most(given["prompt_file"], MAX_PROMPT_BYTES + 1)
     if len(data) > MAX_PROMPT_BYTES:
         raise click.UsageError(f"the prompt file is larger than {size(MAX_PROMPT_BYTES)}")
     try:

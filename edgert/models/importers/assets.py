@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgert.errors import BadFile, BadTokenizer, MissingDependency, UsageError
+from edgert.files import read_at_most
 from edgert.models.importers.common import MAX_VOCAB, Fields, shown
 
 MAX_TOKENIZER = 64 << 20
@@ -42,7 +43,7 @@ def read_text(path: Path, limit: int, error: type[BadFile]) -> str:
     """A UTF-8 file of at most `limit` bytes. Raises `error`."""
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = read_at_most(file, limit + 1)
         if len(data) <= limit:
             return data.decode("utf-8")
     except (OSError, UnicodeDecodeError) as cause:

@@ -53,7 +53,8 @@ def resume(
             where=str(where),
         )
     root, variant = find_bundle(where, saved, bundle)
-    loaded = load(root, **_as_it_was(saved, variant, options))
+    nbytes = read_manifest(root).bytes_of(variant)
+    loaded = load(root, **_as_it_was(saved, variant, nbytes, options))
     try:
         session = Session.restore(loaded, saved, str(where))
     except BaseException:
@@ -100,13 +101,15 @@ def find_bundle(
     )
 
 
-def _as_it_was(saved: SavedSession, variant: str, options: dict[str, Any]) -> dict[str, Any]:
+def _as_it_was(
+    saved: SavedSession, variant: str, nbytes: int, options: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of `load`: what the session needs, and, unless given, what it had."""
     from edgert.backends.ort import default_threads
 
     had: dict[str, Any] = {"variant": variant}
     threads = saved.place.get("threads", "")
-    if threads.isdecimal() and len(threads) < 5 and int(threads) != default_threads():
+    if threads.isdecimal() and len(threads) < 5 and int(threads) != default_threads(nbytes):
         had["threads"] = int(threads)
     if saved.place.get("prepack") == "false":
         had["prepack"] = False

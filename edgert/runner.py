@@ -77,9 +77,7 @@ class Runner:
         }
         self.loop = manifest.program.loop if "body" in self.parts else None
         self.graphs: dict[str, LoadedGraph] = {}
-        files = {name for spec in self.parts.values() for name in (spec.file, *spec.data)}
-        nbytes = sum(entry.bytes for name, entry in manifest.files.items() if name in files)
-        backend.expect(len(self.parts), nbytes)
+        backend.expect(len(self.parts), manifest.bytes_of(variant))
         for part, spec in self.parts.items():
             self.graphs[part] = backend.load(
                 GraphSource(

@@ -185,6 +185,12 @@ class Manifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     format_version: int = 1
 
+    def bytes_of(self, variant: str) -> int:
+        """Size of the files of a variant's graphs."""
+        graphs = self.variants[variant].graphs.values()
+        names = {name for graph in graphs for name in (graph.file, *graph.data)}
+        return sum(entry.bytes for name, entry in self.files.items() if name in names)
+
     def parts(self, variant: str) -> dict[str, str | None]:
         """Part -> graph, as the variant has them: all in the epilogue, if it is unrolled."""
         program = self.program

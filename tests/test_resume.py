@@ -271,10 +271,11 @@ def test_a_bundle_that_was_named_and_is_none_is_reported(tmp_path):
 # How it is loaded
 
 
+@pytest.mark.parametrize("more", [0, 1])
 @pytest.mark.parametrize("lowering", ["ort", "portable"])
-def test_it_is_loaded_as_it_was(tiny_exported_bundle, tmp_path, lowering):
+def test_it_is_loaded_as_it_was(tiny_exported_bundle, tmp_path, lowering, more):
     """The session's own lowering, threads and prepacking, so that nothing is to be noted."""
-    threads = default_threads() + 1
+    threads = default_threads() + more
     options: dict[str, Any] = {"threads": threads, "prepack": False, "lowering": lowering}
     want = saved_with(tiny_exported_bundle, tmp_path / "s", **options)
     with edgert.resume(tmp_path / "s") as session:

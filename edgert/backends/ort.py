@@ -55,9 +55,12 @@ SMALL = 8 << 20
 longer than waking and joining threads, and a neighbour that takes their core away costs more."""
 
 
-def default_threads() -> int:
-    """Physical cores this process may use."""
+def default_threads(nbytes: int = SMALL) -> int:
+    """Physical cores this process may use; for a model of fewer than `SMALL` bytes, one."""
     import psutil
+
+    if nbytes < SMALL:
+        return 1
 
     allowed = len(os.sched_getaffinity(0))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
@@ -179,8 +182,8 @@ class OrtBackend(Backend):
     def expect(self, graphs: int, nbytes: int) -> None:
         """Each graph has a pool of threads. Those of the graphs that do not run must not spin on
         the cores of the one that does."""
-        if not self._threads and nbytes < SMALL:
-            self._use(1)
+        if not self._threads:
+            self._use(default_threads(nbytes))
         if graphs > 1:
             self._options.add_session_config_entry("session.force_spinning_stop", "1")
 

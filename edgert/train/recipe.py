@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgert.errors import BadCheckpoint, UsageError
-from edgert.models.importers.common import Fields, Problems, shown
+from edgert.models.importers.common import Fields, Problems, named, shown
 from edgert.models.trainable import TRAINABLE, Config, Family
 
 if sys.version_info >= (3, 11):
@@ -138,7 +138,7 @@ def parse_recipe(table: dict[str, Any], folder: Path, where: str) -> TrainRecipe
     if family_name not in TRAINABLE:
         problems.add(f"model.family is {shown(family_name)}, known are: {', '.join(TRAINABLE)}")
     for unknown in (*top.unknown(), *data_table.unknown(), *train_table.unknown()):
-        problems.add(f"{unknown} is not a key of a recipe")
+        problems.add(f"{named([unknown])} is not a key of a recipe")
     family = TRAINABLE.get(family_name or "") or next(iter(TRAINABLE.values()))
     config = _model(family, dict(model.data), data, train, problems)
     return TrainRecipe(name or "", family, config, data, train, folder)
@@ -177,7 +177,7 @@ def _table(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise UsageError(f"the recipe is not TOML: {error}", where=str(path)) from error
+        raise UsageError(f"the recipe is not TOML: {str(error)[:200]}", where=str(path)) from error
 
 
 def _data(fields: Fields) -> DataConfig:
@@ -302,7 +302,7 @@ def _model(
         error.do = error.do or DO
         raise
     for key in unknown:
-        problems.add(f"{key} is not a key of a {family.name} model")
+        problems.add(f"{named([key])} is not a key of a {family.name} model")
     if size is not None and config.vocab_size < size:
         problems.add(f"model.vocab_size {config.vocab_size}: the tokenizer has {size} entries")
     if config.vocab_size > 1 << 16:

@@ -78,6 +78,7 @@ class TrainConfig:
     muon_ns_steps: int = 5
     seed: int = 42
     depth: str = "full"
+    settle: float = 0.0
     precision: str = "fp32"
     ema: float = 0.0
     ckpt_interval: int = 0
@@ -108,11 +109,14 @@ class TrainRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the result of training, as plain values: checkpoints record it."""
+        train = asdict(self.train) | {"betas": list(self.train.betas)}
+        if not self.train.settle:
+            del train["settle"]  # runs are older than this key
         return {
             "name": self.name,
             "model": {"family": self.family.name, **self.model.published()},
             "data": asdict(self.data),
-            "train": asdict(self.train) | {"betas": list(self.train.betas)},
+            "train": train,
         }
 
 
@@ -246,6 +250,7 @@ def _train(f: Fields) -> TrainConfig:
         muon_ns_steps=count("muon_ns_steps", 100),
         seed=count("seed", 1 << 62, low=0),
         depth=choice("depth"),
+        settle=number("settle", 0.0, 1e3),
         precision=choice("precision"),
         ema=number("ema", 0.0, 0.999999),
         ckpt_interval=count("ckpt_interval", MAX_STEPS, low=0),
@@ -316,5 +321,7 @@ def _model(
         )
     if train.depth == "random" and config.iterations == 1:
         problems.add("train.depth is 'random', but the model runs one iteration")
+    if train.settle and config.iterations == 1:
+        problems.add(f"train.settle is {train.settle:g}, but the model runs one iteration")
     problems.check(WRONG, do=DO)
     return config

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from edgert.models.hagi.config import Grades, HAGIConfig
 from edgert.models.hagi.gdr import GDR, FoldedGDR
-from edgert.models.hagi.model import HAGI
+from edgert.models.hagi.model import HAGI, drift
 from edgert.models.importers import load_source
 from edgert.models.layers import Eager
 
@@ -309,6 +309,22 @@ def test_fewer_iterations_are_the_first_ones() -> None:
         view.copy_(model.published()[name][: view.shape[0]])
     ids = torch.tensor([[1, 2, 3]])
     assert_close(model(ids, iterations=1), one(ids))
+
+
+def test_settling_costs_what_late_iterations_still_change() -> None:
+    """The drift is that of the states themselves; without weight the loss is the plain one."""
+    model = tiny(loop_count=4)
+    ids, wanted = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[2, 3, 4, 5]])
+    seen: list[Tensor] = []
+    model.hidden(model.eager(4), ids, seen=seen)
+    changes = [
+        ((b - a).norm(dim=-1) / a.norm(dim=-1)).mean() for a, b in zip(seen, seen[1:], strict=False)
+    ]
+    expected = changes[0] / 4 + changes[1] / 2 + changes[2]
+    assert_close(drift(seen), expected, rtol=1e-6)
+    plain = model.loss(ids, wanted, 2)
+    assert_close(model.loss(ids, wanted, 2, settle=0.5), plain + 0.5 * expected, rtol=1e-6)
+    assert torch.equal(model.loss(ids, wanted, 2, settle=0.0), plain)
 
 
 def test_initial_weights_are_the_published_ones() -> None:

@@ -11,6 +11,7 @@ from wheels import ROOT
 from edgert.errors import MissingDependency, UsageError
 from edgert.export.recipe import MAX_BYTES, RUNS, read_recipe
 from edgert.export.write import DEFAULT_LOWERINGS
+from edgert.train.recipe import read_recipe as read_training_recipe
 
 SOURCE = '\n[source]\npath = "model.gguf"\n'
 
@@ -176,3 +177,21 @@ def test_every_recipe_of_the_project_is_sound(path) -> None:
     else:
         assert got.source.is_file()
         assert (got.model is None) == (got.random_seed is None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"' + "k" * 60_000 + '" = 1',
+        'format_version = 1\nname = "' + "x" * 60_000 + '"\n' + SOURCE,
+        'format_version = 1\n[source]\npath = "' + "../" * 20_000 + '"',
+        'format_version = 1\n[export]\nprecision = "' + "9" * 60_000 + '"\n' + SOURCE,
+        "format_version = 1\n" + "\n".join(f"k{i} = 1" for i in range(30_000)) + "\n" + SOURCE,
+    ],
+)
+def test_a_message_stays_short_whatever_the_recipe_says(tmp_path, text):
+    (tmp_path / "r.toml").write_text(text)
+    for read in (read_recipe, read_training_recipe):
+        with pytest.raises(UsageError) as caught:
+            read(tmp_path / "r.toml")
+        assert len(str(caught.value)) < 4_000

@@ -49,6 +49,7 @@ eps = 1e-7
 grad_clip = 2
 seed = 7
 depth = "random"
+settle = 0.5
 precision = "bf16"
 ema = 0.99
 ckpt_interval = 5
@@ -83,6 +84,7 @@ def test_everything_a_recipe_may_say_about_training(tmp_path):
         muon_ns_steps=4,
         seed=7,
         depth="random",
+        settle=0.5,
         precision="bf16",
         ema=0.99,
         ckpt_interval=5,
@@ -143,6 +145,10 @@ WRONG = {
     "train.depth is 'random', but the model runs one iteration": [
         ("use_loop = true", "use_loop = false"),
         (TRAIN, '[train]\ndepth = "random"\n'),
+    ],
+    "train.settle is 0.5, but the model runs one iteration": [
+        ("use_loop = true", "use_loop = false"),
+        (TRAIN, "[train]\nsettle = 0.5\n"),
     ],
     "train.tension_lo 3 is above tension_hi 2": [
         (TRAIN, '[train]\nschedule = "tension"\ntension_lo = 3\n')

@@ -28,6 +28,7 @@ FILES = ("model.safetensors", "training.safetensors")
 EVERYTHING = """\
 schedule = "tension"
 depth = "random"
+settle = 0.5
 ema = 0.9
 grad_accum_steps = 2
 """  # all there is to remember

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgert.errors import MissingDependency, UsageError
 from edgert.export.write import ExportOptions
+from edgert.models.importers.common import Problems, named, shown
 from edgert.sampler import SamplingParams
 
 if sys.version_info >= (3, 11):
@@ -18,6 +19,7 @@ else:
     import tomli as tomllib
 
 MAX_BYTES = 1 << 20
+MAX_LINE = 400  # characters of a problem
 _KEYS = {
     "": {"format_version", "name", "source", "export", "sampling", "model", "data", "train"},
     "source": {"package", "install", "path", "context", "tokenizer", "random_seed"},
@@ -64,14 +66,11 @@ def read_recipe(path: Path) -> Recipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise UsageError(f"the recipe is not TOML: {error}", where=str(path)) from error
-    problems = sorted(_problems(table))
-    if problems:
-        raise UsageError(
-            "the recipe is wrong:\n  - " + "\n  - ".join(problems),
-            where=str(path),
-            do="see export/README.md for the keys",
-        )
+        raise UsageError(f"the recipe is not TOML: {str(error)[:200]}", where=str(path)) from error
+    problems = Problems(str(path), UsageError)
+    for problem in _problems(table):
+        problems.add(problem[:MAX_LINE])
+    problems.check("the recipe is wrong", do="see export/README.md for the keys")
     source = table.get("source", {})
     seed = source.get("random_seed")
     tokenizer = source.get("tokenizer")
@@ -95,12 +94,13 @@ def _problems(table: dict[str, Any]) -> list[str]:
         if not isinstance(part, dict):
             found.append(f"{section}: expected a table")
             continue
-        found += [f"{prefix}{key}: unknown key" for key in part if key not in known]
+        unknown = [key for key in part if key not in known]
+        found += [f"{prefix}{named([key])}: unknown key" for key in unknown]
         for key in part:
             want = _TYPES.get(key, str)
             inner = key in _KEYS or key in _TABLES
             if key in known and not inner and type(part[key]) is not want:
-                found.append(f"{prefix}{key}: expected {want.__name__}, got {part[key]!r}")
+                found.append(f"{prefix}{key}: expected {want.__name__}, got {shown(part[key])}")
     if table.get("format_version") != 1:
         found.append("format_version: must be 1")
     for key in _TABLES:
@@ -149,7 +149,8 @@ def _options(table: dict[str, Any], path: Path) -> ExportOptions:
             unrolled=export.get("unrolled", False),
         )
     except UsageError as error:
-        raise UsageError(error.what, where=f"{path}, {section}", do=error.do) from error
+        what = error.what[:MAX_LINE]  # may quote the recipe
+        raise UsageError(what, where=f"{path}, {section}", do=error.do) from error
 
 
 def _source(source: dict[str, Any], recipe: Path, table: dict[str, Any]) -> Path:

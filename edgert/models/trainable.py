@@ -11,7 +11,7 @@ from edgert.models.hagi.model import HAGI
 from edgert.models.importers.published import assemble, read_config
 
 Model: TypeAlias = HAGI
-"""What the trainer needs of a model: `loss(ids, targets, iterations)`, `forward(ids)`,
+"""What the trainer needs of a model: `loss(ids, targets, iterations, settle)`, `forward(ids)`,
 `initialize(generator)`, `published(pick)`, `config`."""
 
 Config: TypeAlias = HAGIConfig

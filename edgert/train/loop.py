@@ -26,12 +26,14 @@ from edgert.train.recipe import TrainRecipe
 from edgert.train.schedule import Tension, cosine
 from edgert.train.workers import Workers
 
+SETTLE_FROM = 0.3  # of all steps
 RAW = "weights"  # of an averaged model: what training goes on with
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one update was made of. `loss` is the mean over micro-batches, before the update.
+    """What one update was made of. `loss` is the mean over micro-batches, before the update; with
+    `settle`, the weighted drift included.
 
     number  counted from 1
     norm    global gradient norm before clipping
@@ -74,10 +76,10 @@ class Trainer:
         for i in range(c.grad_accum_steps):
             x, y = self.sampler.batch(c.batch_size)
             ids, targets = torch.from_numpy(x[self.rows]), torch.from_numpy(y[self.rows])
-            depth = self._depth()
+            depth, settle = self._depth(), self._settle()
             with self.workers.accumulating(self.loss, i + 1 == c.grad_accum_steps):
                 with self._autocast():
-                    loss = self.loss(ids, targets, depth) / c.grad_accum_steps
+                    loss = self.loss(ids, targets, depth, settle) / c.grad_accum_steps
                 loss.backward()
             total += loss.item()
         (total,) = self.workers.mean([total])
@@ -106,6 +108,11 @@ class Trainer:
     def _depth(self) -> int:
         most = self.recipe.model.iterations
         return int(self.depth_rng.integers(1, most + 1)) if self.config.depth == "random" else most
+
+    def _settle(self) -> float:
+        """Weight of the drift: it comes when the loop has learnt something that it may keep."""
+        done = self.step / max(1, self.config.steps)
+        return self.config.settle * max(0.0, (done - SETTLE_FROM) / (1 - SETTLE_FROM))
 
     def _autocast(self) -> Any:
         if self.config.precision == "fp32":

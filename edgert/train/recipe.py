@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgert.errors import BadCheckpoint, UsageError
-from edgert.models.importers.common import Fields, Problems, shown
+from edgert.models.importers.common import Fields, Problems, named, shown
 from edgert.models.trainable import TRAINABLE, Config, Family
 
 if sys.version_info >= (3, 11):
@@ -78,6 +78,7 @@ class TrainConfig:
     muon_ns_steps: int = 5
     seed: int = 42
     depth: str = "full"
+    settle: float = 0.0
     precision: str = "fp32"
     ema: float = 0.0
     ckpt_interval: int = 0
@@ -108,11 +109,14 @@ class TrainRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the result of training, as plain values: checkpoints record it."""
+        train = asdict(self.train) | {"betas": list(self.train.betas)}
+        if not self.train.settle:
+            del train["settle"]  # runs are older than this key
         return {
             "name": self.name,
             "model": {"family": self.family.name, **self.model.published()},
             "data": asdict(self.data),
-            "train": asdict(self.train) | {"betas": list(self.train.betas)},
+            "train": train,
         }
 
 
@@ -138,7 +142,7 @@ def parse_recipe(table: dict[str, Any], folder: Path, where: str) -> TrainRecipe
     if family_name not in TRAINABLE:
         problems.add(f"model.family is {shown(family_name)}, known are: {', '.join(TRAINABLE)}")
     for unknown in (*top.unknown(), *data_table.unknown(), *train_table.unknown()):
-        problems.add(f"{unknown} is not a key of a recipe")
+        problems.add(f"{named([unknown])} is not a key of a recipe")
     family = TRAINABLE.get(family_name or "") or next(iter(TRAINABLE.values()))
     config = _model(family, dict(model.data), data, train, problems)
     return TrainRecipe(name or "", family, config, data, train, folder)
@@ -177,7 +181,7 @@ def _table(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise UsageError(f"the recipe is not TOML: {error}", where=str(path)) from error
+        raise UsageError(f"the recipe is not TOML: {str(error)[:200]}", where=str(path)) from error
 
 
 def _data(fields: Fields) -> DataConfig:
@@ -246,6 +250,7 @@ def _train(f: Fields) -> TrainConfig:
         muon_ns_steps=count("muon_ns_steps", 100),
         seed=count("seed", 1 << 62, low=0),
         depth=choice("depth"),
+        settle=number("settle", 0.0, 1e3),
         precision=choice("precision"),
         ema=number("ema", 0.0, 0.999999),
         ckpt_interval=count("ckpt_interval", MAX_STEPS, low=0),
@@ -302,7 +307,7 @@ def _model(
         error.do = error.do or DO
         raise
     for key in unknown:
-        problems.add(f"{key} is not a key of a {family.name} model")
+        problems.add(f"{named([key])} is not a key of a {family.name} model")
     if size is not None and config.vocab_size < size:
         problems.add(f"model.vocab_size {config.vocab_size}: the tokenizer has {size} entries")
     if config.vocab_size > 1 << 16:
@@ -316,5 +321,7 @@ def _model(
         )
     if train.depth == "random" and config.iterations == 1:
         problems.add("train.depth is 'random', but the model runs one iteration")
+    if train.settle and config.iterations == 1:
+        problems.add(f"train.settle is {train.settle:g}, but the model runs one iteration")
     problems.check(WRONG, do=DO)
     return config

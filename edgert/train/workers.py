@@ -26,8 +26,8 @@ class _Loss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, targets: Tensor, iterations: int) -> Tensor:
-        return self.model.loss(ids, targets, iterations)
+    def forward(self, ids: Tensor, targets: Tensor, iterations: int, settle: float) -> Tensor:
+        return self.model.loss(ids, targets, iterations, settle)
 
 
 class Workers:

@@ -8,7 +8,8 @@ Slots    of keys and values, one per executed attention: perception, then iterat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -74,15 +75,28 @@ class HAGI(nn.Module):
     def express(self, step: Step, h: Tensor, first_slot: int) -> Tensor:
         return stack(step, self.expression, first_slot, h)
 
-    def hidden(self, step: Step, ids: Tensor, iterations: int | None = None) -> Tensor:
-        """All stages: ids int64 [B, T] -> the residual stream [B, T, H]."""
+    def hidden(
+        self,
+        step: Step,
+        ids: Tensor,
+        iterations: int | None = None,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:
+        """All stages: ids int64 [B, T] -> the residual stream [B, T, H].
+
+        seen  is given the stream behind every iteration, also behind those beyond `iterations`
+        """
         c = self.config
+        read = c.iterations if iterations is None else iterations
         h = self.stage(self.perceive, step, ids)
         slot = c.perception_layers
-        for i in range(c.iterations if iterations is None else iterations):
-            h = self.stage(self.reason, step, h, self.iter_embed[i], slot)
+        states = [h]
+        for i in range(read if seen is None else c.iterations):
+            states.append(self.stage(self.reason, step, states[-1], self.iter_embed[i], slot))
             slot += c.reasoning_layers
-        return self.stage(self.express, step, h, c.slots - c.expression_layers)
+        if seen is not None:
+            seen += states[1:]
+        return self.stage(self.express, step, states[read], c.slots - c.expression_layers)
 
     def stage(self, run: Callable[..., Tensor], *args: Any) -> Tensor:
         """`run(*args)`; with `gradient_checkpointing`, backward computes its inside again."""
@@ -111,14 +125,24 @@ class HAGI(nn.Module):
     def eager(self, tokens: int, keep: bool = True) -> Eager:
         return Eager(self.config.heads, self.cos, self.sin, tokens, keep)
 
-    def loss(self, ids: Tensor, targets: Tensor, iterations: int | None = None) -> Tensor:
-        """Mean cross-entropy over targets [B, T] other than -100, in nats.
+    def loss(
+        self, ids: Tensor, targets: Tensor, iterations: int | None = None, settle: float = 0.0
+    ) -> Tensor:
+        """Mean cross-entropy over targets [B, T] other than -100, in nats; and `settle` times the
+        `drift` of the loop.
 
         With `ce_chunk_size` k, logits exist for k positions at a time, and a batch without any
         target costs 0 instead of NaN.
         """
         step = self.eager(ids.shape[1], keep=False)
-        h = self.hidden(step, ids, iterations).flatten(0, 1)
+        if settle == 0.0:
+            return self._cross_entropy(step, self.hidden(step, ids, iterations), targets)
+        seen: list[Tensor] = []
+        h = self.hidden(step, ids, iterations, seen)
+        return self._cross_entropy(step, h, targets) + settle * drift(seen)
+
+    def _cross_entropy(self, step: Step, h: Tensor, targets: Tensor) -> Tensor:
+        h = h.flatten(0, 1)
         wanted, chunk = targets.flatten(), self.config.ce_chunk_size
         if not 0 < chunk < len(h):
             return F.cross_entropy(self.logits(step, h[None])[0].float(), wanted)
@@ -154,3 +178,14 @@ class HAGI(nn.Module):
             out |= {f"gdr.{name}": tensor for name, tensor in gdr_tensors(self.gdr, pick).items()}
         out["final_norm.weight"] = pick(self.final_norm)
         return out
+
+
+def drift(states: Sequence[Tensor]) -> Tensor:
+    """How much a loop still changes its state [..., H] where it should be done: the mean of
+    |h' - h| / |h| in each iteration but the first, the last one with weight 1, the one before it
+    with 1/2, then 1/4 ..."""
+    total = states[0].new_zeros(())
+    for old, new in pairwise(states):
+        change = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=1e-6)
+        total = total / 2 + change.mean()
+    return total

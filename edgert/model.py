@@ -24,6 +24,7 @@ from edgert.sampler import SamplingParams
 from edgert.session import Prompt, Session
 from edgert.solving import BATCH, Look, Solving, checked_ids, checked_rows, open_tables
 from edgert.spec import Manifest
+from edgert.tasks import Task, find
 from edgert.tokenizer import Tokenizer, load_tokenizer
 
 MAX_REPORT = 1 << 20
@@ -138,6 +139,17 @@ class Model:
             eos_token="" if not eos else self.tokenizer.decode(eos[:1], skip_special=False),
         )
 
+    @property
+    def task(self) -> Task:
+        """What its puzzles are. Raises UsageError of a model that says nothing about it."""
+        if self.manifest.task is None:
+            raise UsageError(
+                "this bundle does not say what its puzzles are",
+                where=str(self.bundle.root),
+                do="give token ids instead of text, or export it again with --task",
+            )
+        return find(self.manifest.task)
+
     def solving(
         self,
         puzzles: ArrayLike | str | Sequence[str],
@@ -163,6 +175,10 @@ class Model:
                 where=str(self.bundle.root),
                 do="use generate or stream:  edgert run",
             )
+        if isinstance(puzzles, str):
+            puzzles = [puzzles]
+        if isinstance(puzzles, Sequence) and puzzles and isinstance(puzzles[0], str):
+            puzzles = [self.task.parse(str(text)) for text in puzzles]
         ids = checked_ids(self, puzzles)
         rows = checked_rows(self, number, len(ids))
         policy = self.runner.exit(halt)

@@ -56,8 +56,8 @@ class Slots(Bound):
         super().__init__(runner, ends, axes)
         self.batch = batch
         self.steps: NDArray[np.int64] = steps.host  # type: ignore[assignment]
-        self.signals = {
-            name: self.ends[f"signal.{name}"].host
+        self.signals: dict[str, NDArray[np.float32]] = {
+            name: self.ends[f"signal.{name}"].host  # type: ignore[misc]
             for name in (runner.loop.signals if runner.loop else ())
         }
         self._bodies: list[Binding] = [self.bind("body", 0, turn) for turn in (0, 1)]

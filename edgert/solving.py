@@ -172,8 +172,8 @@ class Solving:
 
     def _move(self, batch: int) -> None:
         """All rows into slots for `batch` of them."""
-        slots, seats = Slots(self.model.runner, batch), [None] * batch
-        taken: list[Row | None] = list(seats)
+        slots = Slots(self.model.runner, batch)
+        taken: list[Row | None] = [None] * batch
         here = 0
         for at, row in enumerate(self._seats):
             if row is not None:
@@ -191,7 +191,8 @@ class Solving:
 
     def _collect(self, slots: Slots) -> list[tuple[int, Solution]]:
         """The rows that this iteration has ended."""
-        policy, signal = self.exit, None
+        policy = self.exit
+        signal: NDArray[np.float32] | None = None
         if policy.signal is not None:
             signal = slots.signals[policy.signal]
             if policy.cumulative:

@@ -82,7 +82,7 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor, *puzzle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         e = self.model.embed(ids, *puzzle)
-        return e, *(init.expand_as(e) for init in (self.model.h_init, self.model.l_init))
+        return e, self.model.h_init.expand_as(e), self.model.l_init.expand_as(e)
 
 
 class Turning(nn.Module):
@@ -216,6 +216,7 @@ def graphs(model: HRM) -> Program:
     results = _results(cells, vocab) | {"q": TensorSpec("float32", ("batch", 2))}
     written: dict[str, Wire] = {name: f"result.{name}" for name in results}
     around: dict[str, Wire] = {"z_h": "value.z_h", "z_l": "value.z_l"}
+    constant: dict[str, Wire] = {"e": "value.e"}
     parameters = sum(p.numel() for p in model.parameters())
     return Program(
         summary=f"HRM {c.letter}, {cells} cells, up to {c.halt_max_steps} segments of {c.updates}, "
@@ -225,11 +226,11 @@ def graphs(model: HRM) -> Program:
         results=results,
         states={},
         graphs=(
-            TracedGraph("embed", lambda _: Embedding(model), read, {"e": "value.e"} | around),
+            TracedGraph("embed", lambda _: Embedding(model), read, constant | around),
             TracedGraph(
                 "segment",
                 lambda lowering: Turning(model, FORMS[lowering]),
-                {"e": "value.e"} | around,
+                constant | around,
                 {"z_h.next": "value.z_h", "z_l.next": "value.z_l", "halt": "signal.halt"},
             ),
             TracedGraph("head", lambda _: Head(model), {"z_h": "value.z_h"}, written),

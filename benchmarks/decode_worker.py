@@ -29,15 +29,27 @@ def with_edgert(orders: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     return lambda: request(model, orders["ids"], orders["tokens"]), facts
 
 
+def weights(source: Path) -> Any:
+    """The model of a checkpoint, or of an export recipe with random weights."""
+    from edgert.export.recipe import read_recipe
+    from edgert.models.importers import load_source
+    from edgert.models.importers.fresh import fresh_source
+
+    if source.suffix != ".toml":
+        return load_source(source).model
+    recipe = read_recipe(source)
+    if recipe.model is None or recipe.random_seed is None:
+        raise ValueError(f"{source} has no random weights: give the run or checkpoint itself")
+    return fresh_source(recipe.model, recipe.random_seed, source).model
+
+
 def with_torch(orders: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     import torch
     from plain_decode import Decoder, decode
     from plain_model import Plain
 
-    from edgert.models.importers import load_source
-
     torch.set_num_threads(orders["threads"])
-    source = load_source(Path(orders["source"])).model
+    source = weights(Path(orders["source"]))
     model = Plain(source.config)
     model.load_state_dict(source.published(), strict=False)
     missing = set(model.state_dict()) - set(source.published())

@@ -44,7 +44,8 @@ def trained(recipe: Path, folder: Path) -> dict[str, Any]:
         "name": recipe.stem,
         "minutes": json.loads(timed.read_text()) / 60 if timed.exists() else None,
         "curve": [(m["step"], m["loss"]) for m in lines if m.get("loss") is not None],
-        "checks": [(m["step"], m["heldout"]) for m in lines if m.get("heldout") is not None],
+        "checks": [(m["step"], m["heldout"]) for m in lines if m.get("heldout") is not None]
+        + [(found["step"], found["heldout"]["loss"])],
     }
 
 

@@ -205,8 +205,12 @@ class Solving:
         ended = halted | (slots.steps >= policy.most)
         if not ended.any():
             return []
-        at = [i for i in np.flatnonzero(ended).tolist() if self._seats[i] is not None]
-        return self._answer(slots, {i: "halted" if halted[i] else "limit" for i in at})
+        reasons = {
+            int(i): "halted" if halted[i] else "limit"
+            for i in np.flatnonzero(ended)
+            if self._seats[i] is not None
+        }
+        return self._answer(slots, reasons)
 
     def _answer(self, slots: Slots, reasons: dict[int, str]) -> list[tuple[int, Solution]]:
         """Read the rows named, and free their slots."""

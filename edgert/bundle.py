@@ -61,10 +61,18 @@ def model_id(manifest: Manifest) -> str:
     """
     tokenizer = manifest.tokenizer
     program = asdict(manifest.program)
+    later: dict[str, Any] = {}  # identities are older than these
     if manifest.program.loop is None:
-        del program["loop"]  # identities are older than loops
+        del program["loop"]
+    elif manifest.program.loop.halt is None:
+        del program["loop"]["halt"]
+    if manifest.task is not None:
+        later["task"] = manifest.task
+    if manifest.tables:
+        later["tables"] = {n: _hash_of(manifest, file) for n, file in manifest.tables.items()}
     return _identity(
-        {
+        later
+        | {
             "edgert": "model 1",
             "program": program,
             "inputs": {name: asdict(spec) for name, spec in manifest.inputs.items()},
@@ -197,6 +205,7 @@ def _unlisted(manifest: Manifest) -> list[str]:
         for name, state in manifest.states.items()
         if state.init != "zeros"
     ]
+    named += [(f"tables.{name}", file) for name, file in manifest.tables.items()]
     for path, graph in _graphs(manifest):
         named.append((f"{path}.file", graph.file))
         named += [(f"{path}.data.{i}", file) for i, file in enumerate(graph.data)]

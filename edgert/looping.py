@@ -25,65 +25,74 @@ if TYPE_CHECKING:
 _clock = time.perf_counter_ns
 
 
-class BoundStep:
-    """The graphs of one step shape. Without a loop there is the epilogue alone."""
+class Bound:
+    """A buffer for every endpoint of a program, at one shape; graphs are bound to them.
+
+    A value that the body reads and writes has two, which take turns.
+    """
+
+    def __init__(self, runner: Runner, ends: Mapping[str, Buffer], axes: Mapping[str, int]) -> None:
+        self._runner = runner
+        self.ends = dict(ends)
+        self.pairs: dict[str, tuple[Buffer, Buffer]] = {}
+        loop = runner.loop
+        if loop is None:
+            return
+        body = runner.parts["body"]
+        read, written = set(body.inputs.values()), set(body.outputs.values())
+        allocate = runner.backend.allocate
+        for name, spec in loop.values.items():
+            end, shape = f"value.{name}", resolve(spec.shape, axes)
+            if end in read and end in written:
+                self.pairs[end] = allocate(spec.dtype, shape), allocate(spec.dtype, shape)
+            else:
+                self.ends[end] = allocate(spec.dtype, shape)
+        for name, spec in loop.signals.items():
+            self.ends[f"signal.{name}"] = allocate(spec.dtype, resolve(spec.shape, axes))
+
+    def at(self, end: str, done: int) -> Buffer:
+        """Where an endpoint is when `done` iterations are over."""
+        pair = self.pairs.get(end)
+        return self.ends[end] if pair is None else pair[done % 2]
+
+    def bind(self, part: str, iteration: int, done: int) -> Binding:
+        """The graph of a part when `done` iterations are over."""
+        spec = self._runner.parts[part]
+        after = done + (part == "body")
+        return self._runner.graphs[part].bind(
+            {n: self.at(endpoint_at(wire, iteration), done) for n, wire in spec.inputs.items()},
+            {n: self.at(endpoint_at(wire, iteration), after) for n, wire in spec.outputs.items()},
+        )
+
+
+class BoundStep(Bound):
+    """The graphs of one step shape of a decoder. Without a loop there is the epilogue alone."""
 
     def __init__(
         self, runner: Runner, states: States, ends: Mapping[str, Buffer], axes: Mapping[str, int]
     ) -> None:
-        self._runner, self._states = runner, states
-        self._ends = dict(ends)
-        self._pairs: dict[str, tuple[Buffer, Buffer]] = {}
+        super().__init__(runner, ends, axes)
+        self._states = states
         self._change: NDArray[np.float32] | None = None
         self._prologue: Binding | None = None
         self._bodies: list[Binding] = []
         self.changes: list[float] = []  # of each iteration, in the newest step that could halt
         parts, loop = runner.parts, runner.loop
         if loop is None:
-            self._epilogues = [self._bind("epilogue", 0, 0)]
+            self._epilogues = [self.bind("epilogue", 0, 0)]
             return
-        self._allocate(axes)
+        if SIGNAL in loop.signals:
+            self._change = self.ends[f"signal.{SIGNAL}"].host  # type: ignore[assignment]
         if "prologue" in parts:
-            self._prologue = self._bind("prologue", 0, 0)
+            self._prologue = self.bind("prologue", 0, 0)
         for i in range(loop.iterations):
             index = runner.backend.allocate("int64", ())
             index.write(np.array(i))
-            self._ends["loop.iteration"] = index
-            self._bodies.append(self._bind("body", i, i))
+            self.ends["loop.iteration"] = index
+            self._bodies.append(self.bind("body", i, i))
         # By the number of iterations done, odd or even: where the value is that went round.
-        self._epilogues = [self._bind("epilogue", 0, done) for done in (0, 1)]
+        self._epilogues = [self.bind("epilogue", 0, done) for done in (0, 1)]
         self._columns = _columns(parts["body"], states)
-
-    def _allocate(self, axes: Mapping[str, int]) -> None:
-        loop, body = self._runner.loop, self._runner.parts["body"]
-        assert loop is not None
-        read, written = set(body.inputs.values()), set(body.outputs.values())
-        allocate = self._runner.backend.allocate
-        for name, spec in loop.values.items():
-            end, shape = f"value.{name}", resolve(spec.shape, axes)
-            if end in read and end in written:
-                self._pairs[end] = allocate(spec.dtype, shape), allocate(spec.dtype, shape)
-            else:
-                self._ends[end] = allocate(spec.dtype, shape)
-        for name, spec in loop.signals.items():
-            signal = allocate(spec.dtype, resolve(spec.shape, axes))
-            self._ends[f"signal.{name}"] = signal
-            if name == SIGNAL:
-                self._change = signal.host  # type: ignore[assignment]
-
-    def _bind(self, part: str, iteration: int, done: int) -> Binding:
-        """The graph of a part when `done` iterations are behind it."""
-        spec = self._runner.parts[part]
-
-        def find(end: str, turn: int) -> Buffer:
-            pair = self._pairs.get(end)
-            return self._ends[end] if pair is None else pair[turn % 2]
-
-        after = done + (part == "body")
-        return self._runner.graphs[part].bind(
-            {n: find(endpoint_at(wire, iteration), done) for n, wire in spec.inputs.items()},
-            {n: find(endpoint_at(wire, iteration), after) for n, wire in spec.outputs.items()},
-        )
 
     def run(self, halt: Halt | None, filled: list[int], taken: NDArray[np.int64]) -> int:
         """Run the step, and note in `taken` [batch] the iterations of each row.
@@ -152,10 +161,10 @@ class BoundStep:
             running &= ~ended
             if running.any() and ended.any():
                 for row in np.flatnonzero(ended).tolist():
-                    for end, pair in self._pairs.items():
+                    for end, pair in self.pairs.items():
                         frozen.append((row, end, pair[done % 2].read((slice(row, row + 1),))))
         for row, end, values in frozen:
-            self._pairs[end][done % 2].write(values, (slice(row, row + 1),))
+            self.pairs[end][done % 2].write(values, (slice(row, row + 1),))
         for row, (position, depth) in enumerate(zip(filled, taken.tolist(), strict=True)):
             self._fill(row, position, depth)
         return done, spent

@@ -23,6 +23,7 @@ from edgert.spec import (
     Axis,
     FileEntry,
     GraphSpec,
+    HaltSpec,
     LoopSpec,
     Manifest,
     ProgramSpec,
@@ -45,6 +46,9 @@ DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*")
 HEX = re.compile(r"[0-9a-f]{64}")
 KINDS = ("input", "loop", "state", "value", "signal", "result")
 MAX_ITERATIONS = 1024
+
+SINCE = {"loop": 2, "halt": 3, "task": 3, "tables": 3}
+"""Keys that the first version of the format did not have, and the one that has them."""
 
 _T = TypeVar("_T")
 _ABSENT: Any = object()
@@ -359,10 +363,7 @@ class _Reader:
         )
 
     def program(self, path: str, value: object) -> ProgramSpec:
-        keys = _keys(ProgramSpec)
-        if isinstance(value, dict) and "loop" not in value and self.version == 1:
-            keys = tuple(key for key in keys if key != "loop")
-        got = self.record(path, value, keys)
+        got = self.record(path, value, _keys(ProgramSpec, self.version))
 
         def graph(at: str, name: object) -> str:
             return self.match(at, name, IDENTIFIER, "the name of a graph")
@@ -375,14 +376,28 @@ class _Reader:
         )
 
     def loop(self, path: str, value: object) -> LoopSpec:
-        if self.version == 1:
-            self.bad(path, "a bundle of format version 1 has no loop")
-        got = self.record(path, value, _keys(LoopSpec))
+        got = self.record(path, value, _keys(LoopSpec, self.version))
         return LoopSpec(
             iterations=self.integer(f"{path}.iterations", got["iterations"], 1, MAX_ITERATIONS),
             values=self.table(f"{path}.values", got["values"], DOTTED, 64, self.tensor),
             signals=self.table(f"{path}.signals", got["signals"], DOTTED, 64, self.tensor),
             fill=self.choice(f"{path}.fill", got["fill"], FILLS),
+            halt=self.optional(f"{path}.halt", got.get("halt"), self.halt),
+        )
+
+    def halt(self, path: str, value: object) -> HaltSpec:
+        got = self.record(path, value, _keys(HaltSpec))
+        threshold, cumulative = got["threshold"], got["cumulative"]
+        if threshold is not _ABSENT and type(threshold) not in (int, float):
+            self.bad(f"{path}.threshold", f"{_show(threshold)} is not a number")
+            threshold = 0.0
+        if cumulative is not _ABSENT and not isinstance(cumulative, bool):
+            self.bad(f"{path}.cumulative", f"{_show(cumulative)} is not true or false")
+        return HaltSpec(
+            signal=self.match(f"{path}.signal", got["signal"], DOTTED, "the name of a signal"),
+            threshold=0.0 if threshold is _ABSENT else float(threshold),
+            least=self.integer(f"{path}.least", got["least"], 1, MAX_ITERATIONS),
+            cumulative=cumulative is True,
         )
 
     def tokenizer(self, path: str, value: object) -> TokenizerSpec:
@@ -413,7 +428,7 @@ class _Reader:
         )
 
     def manifest(self, value: object) -> Manifest:
-        got = self.record("", value, _keys(Manifest))
+        got = self.record("", value, _keys(Manifest, self.version))
         files = self.table("files", got["files"], None, 1024, self.entry)
         for name in files:
             self.file(f"files.{name}", name)
@@ -452,28 +467,37 @@ class _Reader:
             ),
             reports=self.array("reports", got["reports"], 64, self.file),
             files=files,
+            task=self.optional(
+                "task", got.get("task"), lambda at, v: self.match(at, v, SLUG, "the name of a task")
+            ),
+            tables=self.table("tables", got.get("tables", _ABSENT), DOTTED, 64, self.rows),
         )
 
+    def rows(self, path: str, value: object) -> str:
+        name = self.file(path, value)
+        if value is not _ABSENT and not name.endswith(".npy"):
+            self.bad(path, f"{_show(value)} is not a .npy file")
+        return name
 
-def _keys(spec: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(spec))
+
+def _keys(spec: type, version: int = FORMAT_VERSION) -> tuple[str, ...]:
+    names = (field.name for field in fields(spec))
+    return tuple(name for name in names if SINCE.get(name, 1) <= version)
 
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as JSON values, in the order in which the file is written."""
     first = ("format_version", "name", "summary", "model_id")
-    keys = [*first, *(key for key in _keys(Manifest) if key not in first)]
-    plain = {key: _plain(getattr(manifest, key)) for key in keys}
-    if manifest.format_version == 1:
-        del plain["program"]["loop"]
-    return plain
+    version = manifest.format_version
+    keys = [*first, *(key for key in _keys(Manifest, version) if key not in first)]
+    return {key: _plain(getattr(manifest, key), version) for key in keys}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, version: int) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, version) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, version) for item in value]
     if hasattr(value, "__dataclass_fields__"):
-        return {key: _plain(getattr(value, key)) for key in _keys(type(value))}
+        return {key: _plain(getattr(value, key), version) for key in _keys(type(value), version)}
     return value

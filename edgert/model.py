@@ -22,7 +22,9 @@ from edgert.halting import AUTO, REPORT, parse_halt
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
 from edgert.session import Prompt, Session
+from edgert.solving import BATCH, Look, Solving, checked_ids, checked_rows, open_tables
 from edgert.spec import Manifest
+from edgert.tasks import Task, find
 from edgert.tokenizer import Tokenizer, load_tokenizer
 
 MAX_REPORT = 1 << 20
@@ -44,6 +46,7 @@ class Model:
         self.tokenizer: Tokenizer | None = None
         if spec is not None:
             self.tokenizer = load_tokenizer(spec, bundle.path(spec.file) if spec.file else None)
+        self.tables = open_tables(bundle)
 
     @property
     def placement(self) -> str:
@@ -135,6 +138,66 @@ class Model:
             bos_token="" if bos is None else self.tokenizer.decode([bos], skip_special=False),
             eos_token="" if not eos else self.tokenizer.decode(eos[:1], skip_special=False),
         )
+
+    @property
+    def task(self) -> Task:
+        """What its puzzles are. Raises UsageError of a model that says nothing about it."""
+        if self.manifest.task is None:
+            raise UsageError(
+                "this bundle does not say what its puzzles are",
+                where=str(self.bundle.root),
+                do="give token ids instead of text, or export it again with --task",
+            )
+        return find(self.manifest.task)
+
+    def solving(
+        self,
+        puzzles: ArrayLike | str | Sequence[str],
+        *,
+        number: ArrayLike = 0,
+        halt: str | None = None,
+        batch: int = BATCH,
+        deadline_ms: float | None = None,
+        on_step: Callable[[Look], object] | None = None,
+        logits: bool = False,
+    ) -> Solving:
+        """Puzzles for a model that solves: iterate for answers as they are found, or `run()`.
+
+        puzzles  cells int [n, S] or [S]; or text as people write the model's kind of puzzle
+        number   of each puzzle in the model's own table of puzzles, or one for all
+        halt     full, fixed:N, trained[:THRESHOLD[:MIN[:MAX]]]; None: as the model was trained
+        batch    puzzles in the loop at once; answers do not depend on it
+        The rest as `Solving`. Raises UsageError for what this model cannot do.
+        """
+        if not self.manifest.solves:
+            raise UsageError(
+                "this model decodes tokens, it does not solve puzzles",
+                where=str(self.bundle.root),
+                do="use generate or stream:  edgert run",
+            )
+        if isinstance(puzzles, str):
+            puzzles = [puzzles]
+        if isinstance(puzzles, Sequence) and puzzles and isinstance(puzzles[0], str):
+            puzzles = [self.task.parse(str(text)) for text in puzzles]
+        ids = checked_ids(self, puzzles)
+        rows = checked_rows(self, number, len(ids))
+        policy = self.runner.exit(halt)
+        return Solving(
+            self,
+            ids,
+            rows,
+            policy,
+            batch=batch,
+            deadline_ms=deadline_ms,
+            on_step=on_step,
+            logits=logits,
+        )
+
+    def solve(self, puzzles: ArrayLike | str | Sequence[str], **options: Any) -> Any:
+        """The answer to one puzzle (cells [S], or text), or a list for several. Arguments as
+        `solving`."""
+        found = self.solving(puzzles, **options).run()
+        return found[0] if np.ndim(puzzles) == 1 or isinstance(puzzles, str) else found
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Score whole sequences: ids int [B, T] -> logits float32 [B, T, V], every position.

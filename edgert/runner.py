@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from edgert.backends.base import Backend, GraphSource, LoadedGraph
 from edgert.bundle import Bundle
-from edgert.errors import EdgertError, Poisoned, UnsupportedModel, UsageError
+from edgert.errors import EdgertError, Poisoned, UsageError
+from edgert.exits import MOST, TRAINED, Exit, parse_exit
 from edgert.halting import SIGNAL, Halt
 from edgert.looping import BoundStep
-from edgert.spec import DECODER_INPUTS, Manifest, decoder_results
+from edgert.programs import check_program
+from edgert.spec import endpoints
 from edgert.state import States, bucket, resolve
 
 PREFILL_CHUNK = 512
@@ -59,11 +61,11 @@ class StepIO:
 
 
 class Runner:
-    """One variant of a bundle, loaded. Raises UnsupportedModel if the bundle is no decoder."""
+    """One variant of a bundle, loaded. Raises UnsupportedModel if it is for no loop of ours."""
 
     def __init__(self, bundle: Bundle, variant: str, backend: Backend) -> None:
         manifest = bundle.manifest
-        check_decoder(manifest, str(bundle.root))
+        check_program(manifest, str(bundle.root))
         self.closed = False
         self.manifest = manifest
         self.root = bundle.root
@@ -93,6 +95,20 @@ class Runner:
         """Whether a token's loop may end early."""
         return self.loop is not None and self.loop.fill == "copy" and SIGNAL in self.loop.signals
 
+    def exit(self, policy: str | None) -> Exit:
+        """The halting policy of a model that solves; None: as it was trained, else all iterations.
+
+        Raises UsageError.
+        """
+        loop = self.manifest.program.loop
+        assert loop is not None, "only models that solve have one"
+        body = self.manifest.program.body
+        wires = self.variant.graphs[body].inputs.values() if body in self.variant.graphs else ()
+        counted = any("loop." in end for wire in wires for end in endpoints(wire))
+        if policy is None:
+            policy = TRAINED if loop.halt is not None and self.loop is not None else "full"
+        return parse_exit(policy, loop, loop.iterations if counted else MOST)
+
     def check_halt(self, halt: Halt) -> None:
         """Raise UsageError if tokens cannot halt like that."""
         if halt.is_full:
@@ -112,6 +128,12 @@ class Runner:
         UsageError if the model is closed.
         """
         self.check_open()
+        if self.manifest.solves:
+            raise UsageError(
+                "this model solves puzzles, it does not decode tokens",
+                where=str(self.root),
+                do="use model.solve:  edgert solve",
+            )
         capacity = bucket(tokens, self.manifest.context)
         states = States(
             self.manifest.states, self.backend, batch=batch, capacity=capacity, root=self.root
@@ -294,52 +316,3 @@ class Execution:
         self._shapes.clear()
         self._last = None
         self.states.close()
-
-
-def check_decoder(manifest: Manifest, where: str) -> None:
-    """Raise UnsupportedModel, naming every reason, for what the decode loop cannot feed or read."""
-    vocab = manifest.vocab_size
-    wanted = {("inputs", name): spec for name, spec in DECODER_INPUTS.items()}
-    wanted |= {("results", name): spec for name, spec in decoder_results(vocab).items()}
-    declared = {("inputs", name): spec for name, spec in manifest.inputs.items()}
-    declared |= {("results", name): spec for name, spec in manifest.results.items()}
-    problems = [f"{side}.{name} is unknown" for side, name in declared.keys() - wanted.keys()]
-    for key, want in wanted.items():
-        if declared.get(key) != want:
-            problems.append(f"{'.'.join(key)} is not {want.dtype} {list(want.shape)}")
-    counters = [state.kind for state in manifest.states.values()].count("counter")
-    if counters != 1:
-        problems.append(f"states: {counters} counters instead of one")
-    for name, state in manifest.states.items():
-        named = [axis for axis in state.shape[1:] if isinstance(axis, str)]
-        if state.shape[:1] != ("batch",):
-            problems.append(f"states.{name}: its first axis is not 'batch'")
-        if named != (["capacity"] if state.kind == "append" else []):
-            problems.append(f"states.{name}: the axes {named} of a state of kind {state.kind}")
-        if state.kind == "append" and state.init != "zeros":
-            problems.append(f"states.{name} grows and has an initial value")
-    problems += _loop_problems(manifest)
-    if vocab < 1 or manifest.context < 1:
-        problems.append(f"it has no tokens: vocab_size {vocab}, context {manifest.context}")
-    if problems:
-        raise UnsupportedModel(
-            "\n  - ".join(["this version of edgert cannot run the bundle:", *sorted(problems)]),
-            where=where,
-            do="install a newer edgert",
-        )
-
-
-def _loop_problems(manifest: Manifest) -> list[str]:
-    program = manifest.program
-    if program.loop is None:
-        parts = [part for part in ("prologue", "body") if getattr(program, part) is not None]
-        return [f"program.{part}: a program without a loop has only an epilogue" for part in parts]
-    problems = []
-    for name, value in program.loop.values.items():
-        named = [axis for axis in value.shape[2:] if isinstance(axis, str)]
-        if value.shape[:2] != ("batch", "tokens") or named:
-            problems.append(f"program.loop.values.{name}: its axes are not [batch, tokens, sizes]")
-    for name, signal in program.loop.signals.items():
-        if (signal.dtype, signal.shape) != ("float32", ("batch", "tokens")):
-            problems.append(f"program.loop.signals.{name}: it is not float32 [batch, tokens]")
-    return problems

@@ -6,6 +6,8 @@ epilogue. These classes say it; `bundle.py` reads and writes them; the runner ex
 Endpoints name what a graph is wired to, as `<kind>.<name>`:
     input.ids       written by the host before a step
     loop.iteration  which iteration of the body this is, int64 [], from 0; written by the host
+    loop.steps      how many iterations each row has behind it, int64 [batch]; the same where rows
+                    come and go by themselves
     state.k.0       outlives the step
     value.h         handed from graph to graph within a step; one that the body reads and writes
                     goes round the loop
@@ -18,8 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FORMAT_VERSION = 2
-"""The newest that is read. Each bundle states the oldest that has what it needs: 2 has loops."""
+FORMAT_VERSION = 3
+"""The newest that is read. Each bundle states the oldest that has what it needs: 2 has loops, 3
+has models that refine an answer until they are done with it."""
 
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 StateKind = Literal["append", "carry", "ring", "counter"]
@@ -112,20 +115,37 @@ FILLS: tuple[Fill, ...] = ("copy", "none")
 
 
 @dataclass(frozen=True)
+class HaltSpec:
+    """The rule by which the model was trained to end the loop of a row: behind iteration `least`,
+    or a later one, in which `signal` is above `threshold`.
+
+    cumulative  it is the sum of the signal over the row's iterations that is compared
+    """
+
+    signal: str
+    threshold: float
+    least: int
+    cumulative: bool
+
+
+@dataclass(frozen=True)
 class LoopSpec:
     """How the body repeats.
 
     iterations  of the body, where nothing ends it earlier: what the model was trained with
-    values      tensors handed from graph to graph within a step, [batch, tokens, ...]
-    signals     float32 [batch, tokens], by which the host may end the loop
+    values      tensors handed from graph to graph: within a step of a decoder [batch, tokens, ...],
+                while a puzzle is being solved [batch, ...]
+    signals     float32 [batch, tokens] or [batch], by which the host may end the loop
     fill        what later tokens find at iterations that an earlier token skipped: `copy`, the
                 rows of the last one it computed; `none`, nothing, so that none may be skipped
+    halt        the model's own rule, of a model that has one
     """
 
     iterations: int
     values: dict[str, TensorSpec]
     signals: dict[str, TensorSpec]
     fill: Fill
+    halt: HaltSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -184,6 +204,13 @@ class Manifest:
     reports: tuple[str, ...] = ()
     files: dict[str, FileEntry] = field(default_factory=dict)
     format_version: int = 1
+    task: str | None = None  # what its puzzles are, such as 'sudoku-4x4'
+    tables: dict[str, str] = field(default_factory=dict)  # input -> .npy file with its rows
+
+    @property
+    def solves(self) -> bool:
+        """Whether it refines answers to whole inputs, instead of decoding token by token."""
+        return self.program.loop is not None and not self.states
 
     def bytes_of(self, variant: str) -> int:
         """Size of the files of a variant's graphs."""

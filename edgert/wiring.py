@@ -26,6 +26,12 @@ def wiring_problems(manifest: Manifest) -> list[str]:
             problems.append(f"program.{part}: the graph {player!r} plays two parts")
     if program.loop is not None and program.body is None:
         problems.append("program.loop: there is no body that it could repeat")
+    halt = program.loop.halt if program.loop is not None else None
+    if program.loop is not None and halt is not None and halt.signal not in program.loop.signals:
+        problems.append(f"program.loop.halt.signal: there is no signal {halt.signal!r}")
+    for name in manifest.tables:
+        if name not in manifest.inputs:
+            problems.append(f"tables.{name}: there is no input {name!r}")
     read: set[str] = set()
     for name, variant in manifest.variants.items():
         problems += _variant_problems(manifest, name, variant)
@@ -107,7 +113,7 @@ def _endpoint_problems(manifest: Manifest, path: str, graph: GraphSpec, is_body:
         "input": manifest.inputs.keys(),
         "state": manifest.states.keys(),
         "result": manifest.results.keys(),
-        "loop": {"iteration"},
+        "loop": {"iteration", "steps"},
         "signal": loop.signals.keys() if loop else (),
     }
     if loop is not None:

@@ -11,7 +11,7 @@ from edgert.cli.options import as_json, common, option
 from edgert.cli.show import LABEL, TerminalReporter, note, print_json, size
 
 if TYPE_CHECKING:
-    from edgert.export.check import Verdict
+    from edgert.export.comparison import Verdict
 
 
 @click.command(

@@ -34,10 +34,10 @@ def endpoint_spec(program: Program, wire: Wire) -> TensorSpec:
         state = program.states[name]
         return TensorSpec(state.dtype, state.shape)
     if kind == "loop":
-        return TensorSpec("int64", ())
+        return TensorSpec("int64", ("batch",) if name == "steps" else ())
     loop = program.parts.loop
-    tables = {"input": program.inputs, "result": program.results, "value": loop and loop.values}
-    return (tables[kind] or {})[name]
+    declared = {"input": program.inputs, "result": program.results, "value": loop and loop.values}
+    return (declared[kind] or {})[name]
 
 
 def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:
@@ -90,7 +90,8 @@ def _like_signature(
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return tuple(shapes)
     named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*shapes[:named], tuple(shapes[named:]))
+    rest = tuple(shapes[named:])
+    return (*shapes[:named], rest) if rest else tuple(shapes)
 
 
 def _drop_unread_outputs(model: ir.Model) -> None:

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 from edgert._version import __version__
 from edgert.bundle import Bundle, list_files, seal, write_manifest
 from edgert.errors import UnsupportedModel, UsageError
-from edgert.export.check import Verdict, check_bundle
+from edgert.export.check import check_bundle
+from edgert.export.comparison import Verdict
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
 from edgert.files import publish_directory
@@ -165,6 +167,11 @@ def _manifest(
         tokenizer = TokenizerSpec("file", "tokenizer.json")
     elif source.byte_offset is not None:
         tokenizer = TokenizerSpec("bytes", offset=source.byte_offset)
+    tables = {}
+    for name, table in program.tables.items():
+        (work / "tables").mkdir(exist_ok=True)
+        tables[name] = f"tables/{name}.npy"
+        np.save(work / tables[name], table.detach().numpy(), allow_pickle=False)
     if source.chat_template is not None:
         (work / "chat_template.jinja").write_text(source.chat_template, encoding="utf-8")
     return Manifest(
@@ -188,8 +195,16 @@ def _manifest(
         provenance=source.provenance
         | {"exporter": f"edgert {__version__}", "torch": torch.__version__.split("+")[0]},
         requires={"onnxruntime": ">=1.23"},
-        format_version=1 if program.parts.loop is None else 2,
+        format_version=_version(program),
+        task=source.task,
+        tables=tables,
     )
+
+
+def _version(program: Program) -> int:
+    """The oldest format that has what the program needs."""
+    loop = program.parts.loop
+    return 1 if loop is None else 2 if program.states else 3
 
 
 def _write_sealed(work: Path, manifest: Manifest) -> Manifest:

@@ -10,11 +10,17 @@ from torch import nn
 from edgert.models import decoder
 from edgert.models.hagi.graphs import graphs as hagi_graphs
 from edgert.models.hagi.model import HAGI
+from edgert.models.hrm.bidir import Bidir
+from edgert.models.hrm.graphs import bidir_graphs
+from edgert.models.hrm.graphs import graphs as hrm_graphs
+from edgert.models.hrm.model import HRM
 from edgert.models.program import Program
 
 FAMILIES: dict[type[nn.Module], Callable[[Any], Program]] = {
     decoder.Decoder: decoder.graphs,
     HAGI: hagi_graphs,
+    HRM: hrm_graphs,
+    Bidir: bidir_graphs,
 }
 """The class of a family's model -> what makes its program."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -32,11 +32,24 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """What eager torch has behind the prologue (no signals, no results), or an iteration of the
+    body: every value of the loop, the signals, and the results as the epilogue would give them."""
+
+    values: dict[str, Tensor]
+    signals: dict[str, Tensor]
+    results: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Program:
     """A model as graphs over named state. The order of `states` is the slot order.
 
-    unrolled  a program with a loop in one graph, under the name of the epilogue
-    weights   the module that all large initializers of the graphs come from
+    reference  of a decoder: eager torch over whole sequences
+    turns      of a model that solves: eager torch, iteration by iteration from the inputs
+    tables     input -> what its rows are taken from; they stay outside the graphs
+    unrolled   a program with a loop in one graph, under the name of the epilogue
+    weights    the module that all large initializers of the graphs come from
     """
 
     summary: str
@@ -47,10 +60,12 @@ class Program:
     graphs: tuple[TracedGraph, ...]
     vocab_size: int
     context: int
-    reference: Callable[[Tensor], Reference]
     parameters: int
     weights: nn.Module
     refusals: dict[Lowering, str]  # lowerings this geometry has no kernels for, and why
+    reference: Callable[[Tensor], Reference] | None = None
+    turns: Callable[[Mapping[str, Tensor]], Iterator[Turn]] | None = None
+    tables: dict[str, Tensor] = field(default_factory=dict)
     unrolled: TracedGraph | None = None
 
 

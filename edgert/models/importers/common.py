@@ -16,6 +16,8 @@ from typing import Any
 from edgert.errors import BadCheckpoint, EdgertError, UnsupportedModel, UsageError
 from edgert.models.decoder import Decoder
 from edgert.models.hagi.model import HAGI
+from edgert.models.hrm.bidir import Bidir
+from edgert.models.hrm.model import HRM
 
 Progress = Callable[[int, int], None]
 """Called with (blocks read, blocks in all) after each block."""
@@ -53,9 +55,10 @@ class Imported:
     sampling       temperature, top_k, top_p, repetition_penalty: those the source publishes
     provenance     JSON-serialisable, file names without folders
     notes          what the user should know but need not act upon
+    task           what the puzzles of a model that solves are, such as 'sudoku-4x4'
     """
 
-    model: Decoder | HAGI
+    model: Decoder | HAGI | HRM | Bidir
     name: str
     tokenizer_json: str | None
     chat_template: str | None
@@ -65,6 +68,7 @@ class Imported:
     provenance: dict[str, Any]
     notes: tuple[str, ...]
     byte_offset: int | None = None
+    task: str | None = None
 
 
 class Problems:

@@ -1,0 +1,132 @@
+"""Puzzles in the loop of a model that solves: rows that come and go by themselves.
+
+Every row is at an iteration of its own. A puzzle enters through the prologue, which is run for it
+alone; the body is run for all rows; the epilogue reads the answers as they are. Carries stay in the
+backend's buffers: a row is moved from buffer to buffer, never through Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.backends.base import Array, Binding
+from edgert.looping import Bound
+from edgert.runner import Runner
+from edgert.state import resolve
+
+STEPS = "loop.steps"
+
+
+class Entrance(Bound):
+    """The prologue, for one puzzle."""
+
+    def __init__(self, runner: Runner) -> None:
+        axes, allocate = {"batch": 1}, runner.backend.allocate
+        self.inputs = {
+            name: allocate(spec.dtype, resolve(spec.shape, axes))
+            for name, spec in runner.manifest.inputs.items()
+        }
+        super().__init__(runner, {f"input.{n}": b for n, b in self.inputs.items()}, axes)
+        self._prologue = self.bind("prologue", 0, 0)
+
+    def run(self, inputs: Mapping[str, Array]) -> None:
+        """Inputs of one puzzle [...], as the manifest declares them behind the batch axis."""
+        for name, buffer in self.inputs.items():
+            buffer.write(inputs[name][None])
+        self._prologue.run()
+
+
+class Slots(Bound):
+    """`batch` rows and the graphs over them.
+
+    steps   int64 [batch]: iterations that each row has behind it
+    """
+
+    def __init__(self, runner: Runner, batch: int) -> None:
+        axes, allocate = {"batch": batch}, runner.backend.allocate
+        steps = allocate("int64", (batch,))
+        self.outcomes = {
+            name: allocate(spec.dtype, resolve(spec.shape, axes))
+            for name, spec in runner.manifest.results.items()
+        }
+        ends = {STEPS: steps} | {f"result.{n}": b for n, b in self.outcomes.items()}
+        super().__init__(runner, ends, axes)
+        self.batch = batch
+        self.steps: NDArray[np.int64] = steps.host  # type: ignore[assignment]
+        self.signals: dict[str, NDArray[np.float32]] = {
+            name: self.ends[f"signal.{name}"].host  # type: ignore[misc]
+            for name in (runner.loop.signals if runner.loop else ())
+        }
+        self._bodies: list[Binding] = [self.bind("body", 0, turn) for turn in (0, 1)]
+        self._epilogues: list[Binding] = [self.bind("epilogue", 0, turn) for turn in (0, 1)]
+        self._turn = 0  # which buffer of each pair is the newest
+        # Rows that leave behind a value which the body only reads, such as the input, included.
+        self._values = [end for end in (*self.pairs, *self.ends) if end.startswith("value.")]
+
+    def advance(self) -> None:
+        """One iteration of every row."""
+        self._bodies[self._turn].run()
+        self._turn ^= 1
+        self.steps += 1
+
+    def results(self) -> dict[str, Array]:
+        """The answers of all rows as they are now, by name [batch, ...]: until the next call."""
+        self._epilogues[self._turn].run()
+        return {name: buffer.host for name, buffer in self.outcomes.items()}
+
+    def enter(self, row: int, entrance: Entrance) -> None:
+        """What the prologue has just made becomes a row."""
+        self.take(row, entrance, 0, 0, 0)
+
+    def move(self, row: int, source: Slots, index: int) -> None:
+        """Row `index` of other slots becomes a row here."""
+        self.take(row, source, index, source._turn, int(source.steps[index]))
+
+    def take(self, row: int, source: Bound, index: int, turn: int, steps: int) -> None:
+        for end in self._values:
+            self.at(end, self._turn).row(row).copy(source.at(end, turn).row(index), ())
+        self.steps[row] = steps
+
+    def export(self, rows: Sequence[int]) -> dict[str, Array]:
+        """The values of rows, by name [rows, ...], as `adopt` takes them."""
+        index = np.asarray(rows, np.intp)
+        return {
+            end.removeprefix("value."): self.at(end, self._turn).host[index] for end in self._values
+        }
+
+    def adopt(self, row: int, values: Mapping[str, Array], steps: int) -> None:
+        """One row as `export` gave it, [...] behind the batch axis.
+
+        Raises ValueError if it is of other names, shapes or types.
+        """
+        names = {end.removeprefix("value.") for end in self._values}
+        if values.keys() != names:
+            raise ValueError(f"it has the values {sorted(values)} instead of {sorted(names)}")
+        for end in self._values:
+            self.at(end, self._turn).row(row).write(values[end.removeprefix("value.")][None])
+        self.steps[row] = steps
+
+
+class Whole(Bound):
+    """The unrolled form: all iterations in one graph, for `batch` puzzles at once."""
+
+    def __init__(self, runner: Runner, batch: int) -> None:
+        axes, allocate = {"batch": batch}, runner.backend.allocate
+        manifest = runner.manifest
+        self.inputs, self.outcomes = (
+            {n: allocate(spec.dtype, resolve(spec.shape, axes)) for n, spec in specs.items()}
+            for specs in (manifest.inputs, manifest.results)
+        )
+        ends = {f"input.{n}": b for n, b in self.inputs.items()}
+        super().__init__(runner, ends | {f"result.{n}": b for n, b in self.outcomes.items()}, axes)
+        self._graph = self.bind("epilogue", 0, 0)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Inputs [batch, ...] -> results by name [batch, ...]: until the next call."""
+        for name, buffer in self.inputs.items():
+            buffer.write(inputs[name])
+        self._graph.run()
+        return {name: buffer.host for name, buffer in self.outcomes.items()}

@@ -1,0 +1,100 @@
+"""Solving with exported graphs equals the published model: when each puzzle halts, with what."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import cases
+
+import edgert
+from edgert.errors import UsageError
+from edgert.export.write import ExportOptions, export_bundle
+from edgert.models.importers.common import Imported
+from edgert.models.importers.hrm import read_hrm
+from edgert.solving import Solving
+
+CASE = next(case for case in cases("hrm") if case.name == "orig_rope_puzzle")
+TOLERANCE = 1e-3  # of the case itself, free-running
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    source = CASE.folder / "step_1234"
+    network = read_hrm(source, settings={"seq_len": int(CASE["inputs"].shape[1])}).model
+    imported = Imported(network, "rope", None, None, None, (), {}, {}, ())
+    out = tmp_path_factory.mktemp("hrm") / "bundle"
+    verdict = export_bundle(imported, out, ExportOptions(lowerings=("ort",))).verdict
+    assert [check.name for check in verdict.checks] == ["segments", "free"]
+    with edgert.load(out) as loaded:
+        yield loaded
+
+
+def solving(model, times=1, **options) -> Solving:
+    """The case's puzzles, `times` over."""
+    ids = np.tile(CASE["inputs"], (times, 1))
+    return model.solving(ids, number=np.tile(CASE["puzzle_identifiers"], times), **options)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 32])
+def test_each_puzzle_halts_when_the_published_model_says(model, batch):
+    found = solving(model, batch=batch, logits=True).run()
+    assert [s.steps for s in found] == CASE["early_exit_step"].tolist()
+    assert all(s.halted for s in found)
+    for got, want in zip(found, CASE["early_exit_logits"], strict=True):
+        np.testing.assert_allclose(got.results["logits"], want, rtol=0, atol=TOLERANCE)
+        assert (got.values == want.argmax(-1)).all()
+
+
+def test_at_full_depth_all_run_all_segments(model):
+    found = solving(model, halt="full", logits=True).run()
+    depth = len(CASE["logits"])
+    assert [(s.steps, s.reason) for s in found] == [(depth, "limit")] * len(found)
+    for got, want in zip(found, CASE["logits"][-1], strict=True):
+        np.testing.assert_allclose(got.results["logits"], want, rtol=0, atol=TOLERANCE)
+
+
+def test_puzzles_that_come_and_go_get_what_they_get_alone(model):
+    """Twenty-one puzzles through four slots, in whatever order they are done."""
+    alone = [s.steps for s in solving(model).run()]
+    work = solving(model, 7, batch=4, logits=True)
+    order = [index for index, _ in work]
+    assert sorted(order) == list(range(21))
+    assert order != sorted(order)
+    single = solving(model, logits=True, batch=1).run()
+    for index, answer in work.answers.items():
+        assert answer.steps == alone[index % 3]
+        want = single[index % 3].results["logits"]
+        np.testing.assert_allclose(answer.results["logits"], want, rtol=0, atol=1e-4)
+
+
+def test_a_deadline_gives_the_answer_so_far(model):
+    late = solving(model, deadline_ms=0).run()
+    assert [(s.steps, s.reason, s.values is None) for s in late] == [(0, "deadline", True)] * 3
+    shown = []
+
+    def enough(look) -> bool:
+        shown.append((look.index, look.steps))
+        return look.steps < 2
+
+    found = solving(model, halt="full", on_step=enough).run()
+    assert [(s.steps, s.reason) for s in found] == [(2, "cancelled")] * 3
+    assert shown == [(i, n) for n in (1, 2) for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "policy", ["settle:0.1", "fixed:0", "fixed:x", "trained:nan", "trained:0:9:2"]
+)
+def test_a_policy_that_is_none_is_refused(model, policy):
+    with pytest.raises(UsageError):
+        solving(model, halt=policy)
+
+
+def test_what_is_no_puzzle_is_refused(model):
+    cells = model.manifest.context
+    for wrong in ([1, 2], [[99] * cells], [[0.5] * cells], [[1], [1, 2]]):
+        with pytest.raises(UsageError):
+            model.solving(wrong)
+    with pytest.raises(UsageError, match="puzzle numbers must be from 0 to"):
+        model.solving([1] * cells, number=10**6)
+    with pytest.raises(UsageError, match="solves puzzles"):
+        model.generate([1, 2, 3])

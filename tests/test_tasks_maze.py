@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgert.errors import EdgertError, UsageError
-from edgert.tasks import Maze, find, plain
+from edgert.tasks import find, plain
 from edgert.tasks.dihedral import COUNT, INVERSE, dihedral
-from edgert.tasks.maze import FREE, GOAL, PATH, START, WALL, ways
+from edgert.tasks.maze import FREE, GOAL, PATH, START, WALL, Maze, ways
 from edgert.tasks.maze_make import make
 
 RAW = HERE / "hrm" / "dataset_formats" / "raw" / "maze"

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgert.errors import EdgertError, UsageError
-from edgert.tasks import Segment, Sudoku, find, plain
+from edgert.tasks import Segment, find, plain
 from edgert.tasks import sudoku_solve as solver
-from edgert.tasks.sudoku import BLANK, FOUR, NINE, SIX
+from edgert.tasks.sudoku import BLANK, FOUR, NINE, SIX, Sudoku
 from edgert.tasks.sudoku_make import (
     PUT_BACK,
     Puzzle,
@@ -488,6 +488,25 @@ def test_nearly_empty_boards_have_a_class_too(board: Sudoku, seed: int, givens: 
     cells = rng.permutation(board.seq_len)[:givens]
     tokens[cells] = random_solution(board, rng)[cells]
     assert canonical(board, draw_symmetry(board, rng).apply(tokens)) == canonical(board, tokens)
+
+
+@every_board
+def test_a_symmetry_is_what_its_formula_says(board: Sudoku) -> None:
+    """new[i, j] = digits(x[rows[i], columns[j]]), cell by cell, with and without the transpose."""
+    rng = np.random.default_rng(0)
+    n, puzzle = board.size, some_puzzle(board, 1)
+    x = (puzzle.question - BLANK).reshape(n, n)
+    seen = set()
+    for _ in range(8):
+        turn = draw_symmetry(board, rng)
+        seen.add(turn.transposed)
+        got = turn.apply(puzzle.question).reshape(n, n) - BLANK
+        for i in range(n):
+            for j in range(n):
+                at = (turn.rows[i], turn.columns[j])
+                value = x[at[::-1]] if turn.transposed else x[at]
+                assert got[i, j] == (turn.digits[value - 1] if value else 0)
+    assert seen == ({False, True} if board.box_rows == board.box_columns else {False})
 
 
 def test_a_symmetry_is_drawn_as_published() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import UsageError
+from edgert.halting import MOST, count
 from edgert.spec import LoopSpec
 
 TRAINED = "trained"
-MOST = 1024
 _FORMS = "full, fixed:N, trained, trained:THRESHOLD or trained:THRESHOLD:MIN:MAX"
 
 
@@ -77,8 +77,7 @@ def parse_exit(text: str, loop: LoopSpec, limit: int = MOST) -> Exit:
 
 
 def _count(digits: str, limit: int) -> int:
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 4):
+    number = count(digits)
+    if not 1 <= number <= limit:
         raise ValueError(digits)
-    if not 1 <= int(digits) <= limit:
-        raise ValueError(digits)
-    return int(digits)
+    return number

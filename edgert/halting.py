@@ -18,7 +18,8 @@ AUTO = "auto"
 
 REPORT = "halting.json"
 
-_MOST = 1024
+MOST = 1024
+"""Iterations of any loop."""
 _FORMS = "full, fixed:N, settle:THRESHOLD or settle:THRESHOLD:MIN:MAX"
 
 
@@ -32,12 +33,12 @@ class Halt:
     most: int | None = None
 
     def __post_init__(self) -> None:
-        most = _MOST if self.most is None else self.most
-        if not (1 <= self.least <= most <= _MOST and 0.0 <= self.threshold < math.inf):
+        most = MOST if self.most is None else self.most
+        if not (1 <= self.least <= most <= MOST and 0.0 <= self.threshold < math.inf):
             raise UsageError(
                 f"a loop cannot run {self.least} to {most} iterations with a threshold of "
                 f"{self.threshold:g}",
-                do=f"give {_FORMS}, with 1 <= MIN <= MAX <= {_MOST}",
+                do=f"give {_FORMS}, with 1 <= MIN <= MAX <= {MOST}",
             )
 
     @property
@@ -85,15 +86,16 @@ def parse_halt(text: str) -> Halt:
         if kind == "full" and not numbers:
             return Halt()
         if kind == "fixed" and len(numbers) == 1:
-            return Halt(least=_count(numbers[0]), most=_count(numbers[0]))
+            return Halt(least=count(numbers[0]), most=count(numbers[0]))
         if kind == "settle" and 1 <= len(numbers) <= 3:
-            return Halt(float(numbers[0]), *map(_count, numbers[1:]))
+            return Halt(float(numbers[0]), *map(count, numbers[1:]))
     except ValueError:
         pass
     raise UsageError(f"{ascii(text)[:60]} is not a halting policy", do=f"give {_FORMS}")
 
 
-def _count(digits: str) -> int:
+def count(digits: str) -> int:
+    """A short whole number. Raises ValueError."""
     if not (digits.isascii() and digits.isdigit() and len(digits) <= 4):
         raise ValueError(digits)
     return int(digits)

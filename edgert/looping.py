@@ -14,15 +14,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.backends.base import Binding, Buffer
+from edgert.backends.base import Backend, Binding, Buffer
 from edgert.halting import SIGNAL, Halt
-from edgert.spec import GraphSpec, endpoint_at
+from edgert.spec import GraphSpec, TensorSpec, endpoint_at
 from edgert.state import States, resolve
 
 if TYPE_CHECKING:
     from edgert.runner import Runner
 
 _clock = time.perf_counter_ns
+
+
+def buffers(
+    backend: Backend, specs: Mapping[str, TensorSpec], axes: Mapping[str, int]
+) -> dict[str, Buffer]:
+    """A buffer for each tensor, by its name."""
+    return {n: backend.allocate(s.dtype, resolve(s.shape, axes)) for n, s in specs.items()}
 
 
 class Bound:
@@ -47,8 +54,8 @@ class Bound:
                 self.pairs[end] = allocate(spec.dtype, shape), allocate(spec.dtype, shape)
             else:
                 self.ends[end] = allocate(spec.dtype, shape)
-        for name, spec in loop.signals.items():
-            self.ends[f"signal.{name}"] = allocate(spec.dtype, resolve(spec.shape, axes))
+        found = buffers(runner.backend, loop.signals, axes)
+        self.ends |= {f"signal.{name}": buffer for name, buffer in found.items()}
 
     def at(self, end: str, done: int) -> Buffer:
         """Where an endpoint is when `done` iterations are over."""

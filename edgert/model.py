@@ -146,7 +146,7 @@ class Model:
             raise UsageError(
                 "this bundle does not say what its puzzles are",
                 where=str(self.bundle.root),
-                do="give token ids instead of text, or export it again with --task",
+                do="give token ids instead of text",
             )
         return find(self.manifest.task)
 
@@ -174,6 +174,13 @@ class Model:
                 "this model decodes tokens, it does not solve puzzles",
                 where=str(self.bundle.root),
                 do="use generate or stream:  edgert run",
+            )
+        if self.runner.loop is None:
+            raise UsageError(
+                f"variant {self.runner.variant_name} has its loop unrolled, so that no puzzle can "
+                "end before another",
+                where=str(self.bundle.root),
+                do="load a stepped variant: leave variant= out",
             )
         if isinstance(puzzles, str):
             puzzles = [puzzles]

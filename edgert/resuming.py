@@ -52,8 +52,7 @@ def resume(
             f"{refused[0]} cannot be chosen: the session belongs to {saved.bundle.variant}",
             where=str(where),
         )
-    root, variant = find_bundle(where, saved, bundle)
-    nbytes = read_manifest(root).bytes_of(variant)
+    root, variant, nbytes = find_bundle(where, saved, bundle)
     loaded = load(root, **_as_it_was(saved, variant, nbytes, options))
     try:
         session = Session.restore(loaded, saved, str(where))
@@ -66,9 +65,9 @@ def resume(
 
 def find_bundle(
     path: Path, saved: SavedSession, bundle: str | os.PathLike[str] | None = None
-) -> tuple[Path, str]:
-    """The directory of a session's bundle, `bundle` or where the session says it was, and the
-    session's variant in it.
+) -> tuple[Path, str, int]:
+    """The directory of a session's bundle, `bundle` or where the session says it was; the session's
+    variant in it, and the bytes of its files.
 
     Raises SessionMismatch if it is not there, or another one is; BadBundle if it is broken.
     """
@@ -85,7 +84,7 @@ def find_bundle(
         manifest = read_manifest(root)
         for name, variant in manifest.variants.items():
             if variant.variant_id == hint.variant_id:
-                return root, name
+                return root, name, manifest.bytes_of(name)
         seen.append(f"{root} is {manifest.name} ({manifest.model_id[:12]})")
     own = f"{path} was saved with {hint.name} {hint.variant} ({hint.model_id[:12]})"
     if seen:

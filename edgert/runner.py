@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from edgert.backends.base import Backend, GraphSource, LoadedGraph
 from edgert.bundle import Bundle
 from edgert.errors import EdgertError, Poisoned, UsageError
-from edgert.exits import MOST, TRAINED, Exit, parse_exit
-from edgert.halting import SIGNAL, Halt
-from edgert.looping import BoundStep
+from edgert.exits import TRAINED, Exit, parse_exit
+from edgert.halting import MOST, SIGNAL, Halt
+from edgert.looping import BoundStep, buffers
 from edgert.programs import check_program
 from edgert.spec import endpoints
-from edgert.state import States, bucket, resolve
+from edgert.state import States, bucket
 
 PREFILL_CHUNK = 512
 """Tokens fed at once: bounds the attention scores, and how late a cancel is heard."""
@@ -100,13 +100,12 @@ class Runner:
 
         Raises UsageError.
         """
-        loop = self.manifest.program.loop
-        assert loop is not None, "only models that solve have one"
-        body = self.manifest.program.body
-        wires = self.variant.graphs[body].inputs.values() if body in self.variant.graphs else ()
-        counted = any("loop." in end for wire in wires for end in endpoints(wire))
+        loop = self.loop
+        assert loop is not None, "of a model that solves, and not unrolled"
+        wires = self.parts["body"].inputs.values()
+        counted = any(end.startswith("loop.") for wire in wires for end in endpoints(wire))
         if policy is None:
-            policy = TRAINED if loop.halt is not None and self.loop is not None else "full"
+            policy = TRAINED if loop.halt is not None else "full"
         return parse_exit(policy, loop, loop.iterations if counted else MOST)
 
     def check_halt(self, halt: Halt) -> None:
@@ -132,7 +131,7 @@ class Runner:
             raise UsageError(
                 "this model solves puzzles, it does not decode tokens",
                 where=str(self.root),
-                do="use model.solve:  edgert solve",
+                do="use model.solve",
             )
         capacity = bucket(tokens, self.manifest.context)
         states = States(
@@ -232,9 +231,8 @@ class Execution:
         axes = {"batch": self.states.batch, "tokens": tokens, "select": select}
         ends = {f"state.{name}": buffer for name, buffer in self.states.buffers.items()}
         for kind, tensors in (("input", manifest.inputs), ("result", manifest.results)):
-            for name, tensor in tensors.items():
-                shape = resolve(tensor.shape, axes)
-                ends[f"{kind}.{name}"] = runner.backend.allocate(tensor.dtype, shape)
+            found = buffers(runner.backend, tensors, axes)
+            ends |= {f"{kind}.{name}": buffer for name, buffer in found.items()}
         names = ("input.ids", "input.select", "result.token", "result.logits")
         ids, select_, token, logits = (ends[name].host for name in names)
         iterations = np.ones(self.states.batch, np.int64)

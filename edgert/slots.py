@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.backends.base import Array, Binding
-from edgert.looping import Bound
+from edgert.looping import Bound, buffers
 from edgert.runner import Runner
-from edgert.state import resolve
 
 STEPS = "loop.steps"
 
@@ -24,11 +23,8 @@ class Entrance(Bound):
     """The prologue, for one puzzle."""
 
     def __init__(self, runner: Runner) -> None:
-        axes, allocate = {"batch": 1}, runner.backend.allocate
-        self.inputs = {
-            name: allocate(spec.dtype, resolve(spec.shape, axes))
-            for name, spec in runner.manifest.inputs.items()
-        }
+        axes = {"batch": 1}
+        self.inputs = buffers(runner.backend, runner.manifest.inputs, axes)
         super().__init__(runner, {f"input.{n}": b for n, b in self.inputs.items()}, axes)
         self._prologue = self.bind("prologue", 0, 0)
 
@@ -46,12 +42,9 @@ class Slots(Bound):
     """
 
     def __init__(self, runner: Runner, batch: int) -> None:
-        axes, allocate = {"batch": batch}, runner.backend.allocate
-        steps = allocate("int64", (batch,))
-        self.outcomes = {
-            name: allocate(spec.dtype, resolve(spec.shape, axes))
-            for name, spec in runner.manifest.results.items()
-        }
+        axes = {"batch": batch}
+        steps = runner.backend.allocate("int64", (batch,))
+        self.outcomes = buffers(runner.backend, runner.manifest.results, axes)
         ends = {STEPS: steps} | {f"result.{n}": b for n, b in self.outcomes.items()}
         super().__init__(runner, ends, axes)
         self.batch = batch
@@ -114,12 +107,9 @@ class Whole(Bound):
     """The unrolled form: all iterations in one graph, for `batch` puzzles at once."""
 
     def __init__(self, runner: Runner, batch: int) -> None:
-        axes, allocate = {"batch": batch}, runner.backend.allocate
-        manifest = runner.manifest
-        self.inputs, self.outcomes = (
-            {n: allocate(spec.dtype, resolve(spec.shape, axes)) for n, spec in specs.items()}
-            for specs in (manifest.inputs, manifest.results)
-        )
+        axes, manifest = {"batch": batch}, runner.manifest
+        self.inputs = buffers(runner.backend, manifest.inputs, axes)
+        self.outcomes = buffers(runner.backend, manifest.results, axes)
         ends = {f"input.{n}": b for n, b in self.inputs.items()}
         super().__init__(runner, ends | {f"result.{n}": b for n, b in self.outcomes.items()}, axes)
         self._graph = self.bind("epilogue", 0, 0)

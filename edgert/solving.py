@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,17 +17,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from edgert.backends.base import Array
 from edgert.bundle import Bundle
-from edgert.errors import BadBundle, Poisoned, UsageError
+from edgert.errors import Poisoned, UsageError
 from edgert.exits import Exit
 from edgert.slots import Entrance, Slots
+from edgert.state import resolve, stored_array
 
 if TYPE_CHECKING:
     from edgert.model import Model
 
 BATCH = 32
 """Rows in the loop at most, unless told otherwise."""
-
-REASONS = ("halted", "limit", "deadline", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -306,27 +304,19 @@ def checked_rows(model: Model, rows: ArrayLike, count: int) -> NDArray[np.int64]
     return array
 
 
-def open_tables(bundle: Bundle) -> dict[str, NDArray[np.float32]]:
+def open_tables(bundle: Bundle) -> dict[str, Array]:
     """Input -> its table [rows, ...], mapped from the file: only rows that are used are read.
 
     Raises BadBundle if a file is no such table.
     """
-    tables = {}
-    for name, file in bundle.manifest.tables.items():
-        spec, path = bundle.manifest.inputs[name], bundle.path(file)
-        try:
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise _no_table(str(error), path) from error
-        if str(table.dtype) != spec.dtype or table.shape[1:] != spec.shape[1:] or not len(table):
-            raise _no_table(f"it holds {table.dtype} {list(table.shape)}", path)
-        tables[name] = table
-    return tables
-
-
-def _no_table(what: str, path: Path) -> BadBundle:
-    return BadBundle(
-        f"the table is not one that the model can use: {what}",
-        where=str(path),
-        do="export the bundle again, or copy it again from its source",
-    )
+    inputs = bundle.manifest.inputs
+    return {
+        name: stored_array(
+            bundle.path(file),
+            "table",
+            inputs[name].dtype,
+            resolve(inputs[name].shape[1:], {}),
+            rows=True,
+        )
+        for name, file in bundle.manifest.tables.items()
+    }

@@ -186,16 +186,27 @@ class States:
 
 def _initial(path: Path, spec: StateSpec, shape: tuple[int, ...]) -> NDArray[np.generic]:
     """The initial tensor of a state, repeated over the batch."""
+    values = stored_array(path, "initial state", spec.dtype, shape[1:])
+    return np.broadcast_to(values, shape)
+
+
+def stored_array(
+    path: Path, what: str, dtype: str, shape: tuple[int, ...], *, rows: bool = False
+) -> NDArray[np.generic]:
+    """An array of a bundle, mapped from its .npy file; `rows`: any number of such arrays, one at
+    least. Raises BadBundle if it is another than was declared."""
     try:
-        values = np.load(path, allow_pickle=False, mmap_mode="r")
+        values = np.lib.format.open_memmap(path, mode="r")  # refuses objects, and zip archives
     except (OSError, ValueError) as error:
         raise BadBundle(
-            f"initial state cannot be read: {error}", where=str(path), do="export the bundle again"
+            f"{what} cannot be read: {error}", where=str(path), do="export the bundle again"
         ) from error
-    if values.dtype != np.dtype(spec.dtype) or values.shape != shape[1:]:
+    some = values.ndim > 0 and len(values) > 0
+    fits = some and values.shape[1:] == shape if rows else values.shape == shape
+    if values.dtype != np.dtype(dtype) or not fits:
         raise BadBundle(
-            f"initial state is {values.dtype}{values.shape}, declared {spec.dtype}{shape[1:]}",
+            f"{what} is {values.dtype}{values.shape}, declared {dtype}{shape}",
             where=str(path),
             do="export the bundle again",
         )
-    return np.broadcast_to(values, shape)
+    return values

@@ -7,11 +7,12 @@ import pytest
 from cases import cases
 
 import edgert
-from edgert.errors import UsageError
+from edgert.errors import BadBundle, UsageError
 from edgert.export.write import ExportOptions, export_bundle
 from edgert.models.importers.common import Imported
 from edgert.models.importers.hrm import read_hrm
 from edgert.solving import Solving
+from edgert.state import stored_array
 
 CASE = next(case for case in cases("hrm") if case.name == "orig_rope_puzzle")
 TOLERANCE = 1e-3  # of the case itself, free-running
@@ -87,6 +88,32 @@ def test_a_deadline_gives_the_answer_so_far(model):
 def test_a_policy_that_is_none_is_refused(model, policy):
     with pytest.raises(UsageError):
         solving(model, halt=policy)
+
+
+def test_a_variant_that_is_unrolled_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model.runner, "loop", None)
+    with pytest.raises(UsageError, match="has its loop unrolled"):
+        solving(model)
+
+
+def test_a_table_that_is_none_is_refused(model, tmp_path):
+    """Of other shape or type, without rows, an archive, or no array at all."""
+    size = model.manifest.inputs["puzzle"].shape[1]
+    wrong = {
+        "shape": np.zeros((3, size + 1), np.float32),
+        "type": np.zeros((3, size)),
+        "empty": np.zeros((0, size), np.float32),
+        "scalar": np.float32(0),
+        "objects": np.array([{}], object),
+    }
+    for name, array in wrong.items():
+        np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "archive", a=np.zeros(2))
+    (tmp_path / "text.npy").write_text("no array")
+    files = [tmp_path / f"{name}.npy" for name in (*wrong, "text")]
+    for path in (*files, tmp_path / "archive.npz"):
+        with pytest.raises(BadBundle, match="table"):
+            stored_array(path, "table", "float32", (size,), rows=True)
 
 
 def test_what_is_no_puzzle_is_refused(model):

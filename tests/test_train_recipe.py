@@ -11,7 +11,14 @@ import pytest
 import tiny_recipe
 
 from edgert.errors import UsageError
-from edgert.train.recipe import MAX_BYTES, DataConfig, TrainConfig, differences, read_recipe
+from edgert.train.recipe import (
+    MAX_BYTES,
+    DataConfig,
+    TrainConfig,
+    completed,
+    differences,
+    read_recipe,
+)
 
 
 def test_the_least_a_recipe_says(tmp_path):
@@ -241,6 +248,17 @@ def test_differences_name_the_keys(tmp_path):
         "train.window: 16, now 8",
     ]
     assert differences({"a": 1}, {"b": 2}) == ["a: 1, now absent", "b: absent, now 2"]
+
+
+def test_a_run_that_is_older_than_a_setting_has_its_default(tmp_path):
+    """And one that had another value still differs."""
+    now = read_recipe(tiny_recipe.write(tmp_path)).to_json()
+    older = now | {"train": {k: v for k, v in now["train"].items() if k != "settle"}}
+    assert differences(older, now) == ["train.settle: absent, now 0.0"]
+    assert differences(completed(older), now) == []
+    assert differences(completed(now), now) == []
+    settled = now | {"train": now["train"] | {"settle": 0.5}}
+    assert differences(completed(older), settled) == ["train.settle: 0.0, now 0.5"]
 
 
 def test_the_page_names_every_key_and_default():

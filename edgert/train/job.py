@@ -33,7 +33,7 @@ from edgert.train import beginning, checkpoint, heldout, metrics, prepare, publi
 from edgert.train.data import Sampler
 from edgert.train.heldout import Bigram, HeldOut
 from edgert.train.loop import Step, Trainer
-from edgert.train.recipe import TrainRecipe, differences
+from edgert.train.recipe import TrainRecipe, completed, differences
 from edgert.train.workers import Workers, workers
 
 METRICS = "metrics.jsonl"
@@ -202,7 +202,7 @@ class _Job:
 
     def _same_recipe(self) -> None:
         old = prepare.read_run(self.run)["recipe"]
-        changed = differences(old, self.recipe.to_json())
+        changed = differences(completed(old), self.recipe.to_json())
         if changed:
             raise UsageError(
                 "the recipe is not the one this run was started with:\n  - "

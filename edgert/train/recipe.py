@@ -7,7 +7,7 @@ that is not read here.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +109,11 @@ class TrainRecipe:
 
     def to_json(self) -> dict[str, Any]:
         """What decides the result of training, as plain values: checkpoints record it."""
-        train = asdict(self.train) | {"betas": list(self.train.betas)}
-        if not self.train.settle:
-            del train["settle"]  # runs are older than this key
         return {
             "name": self.name,
             "model": {"family": self.family.name, **self.model.published()},
             "data": asdict(self.data),
-            "train": train,
+            "train": asdict(self.train) | {"betas": list(self.train.betas)},
         }
 
 
@@ -146,6 +143,15 @@ def parse_recipe(table: dict[str, Any], folder: Path, where: str) -> TrainRecipe
     family = TRAINABLE.get(family_name or "") or next(iter(TRAINABLE.values()))
     config = _model(family, dict(model.data), data, train, problems)
     return TrainRecipe(name or "", family, config, data, train, folder)
+
+
+def completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A `to_json` of an older version: settings that it did not know are at their defaults."""
+    train = recorded.get("train")
+    if not isinstance(train, dict):
+        return recorded
+    defaults = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+    return recorded | {"train": defaults | {"betas": list(TrainConfig.betas)} | train}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

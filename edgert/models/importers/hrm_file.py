@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from edgert.errors import BadCheckpoint
-from edgert.models.importers.common import Problems, named, shown
-from edgert.models.importers.published import MAX_PICKLE, _check_zip
+from edgert.models.importers.common import Problems, shown
+from edgert.models.importers.torch_file import MAX_PICKLE, plain_state, read_torch
 
 STEP = re.compile(r"step_(\d{1,18})")
 """A checkpoint of the original trainer. Its dumps of predictions have longer names."""
@@ -94,36 +93,14 @@ def unpickle(path: Path) -> Mapping[Any, Any]:
 
     Raises BadCheckpoint.
     """
-    _check_zip(path)
-    where = str(path)
-    # torch.load goes by this one name and would take the file for something else.
-    misnamed = path.name.endswith(".safetensors")
-    try:
-        with path.open("rb") as file, torch.serialization.safe_globals(_ALLOWED):
-            content = torch.load(
-                file if misnamed else path,
-                map_location="cpu",
-                mmap=not misnamed,  # leaves optimizer state and a large puzzle table on disk
-                weights_only=True,
-            )
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL ([\w.]+)|a NumPy [^\n.]*", str(error))
-        what = f" ({culprit[1] or culprit[0]})" if culprit else ""
-        raise BadCheckpoint(
-            f"the checkpoint holds Python objects{what}, not only tensors, plain values and "
-            "NumPy's float64 scalars",
-            where=where,
-            do="loading them would run code from the file; save it again without them",
-        ) from error
-    except Exception as error:  # a broken pickle can fail anywhere, with anything
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise BadCheckpoint(
-            f"torch cannot read the checkpoint: {type(error).__name__} {shown(reason)}",
-            where=where,
-            do="download the file again",
-        ) from error
+    content = read_torch(
+        path,
+        holds="tensors, plain values and NumPy's float64 scalars",
+        do="loading them would run code from the file; save it again without them",
+        allowed=_ALLOWED,
+    )
     if not isinstance(content, dict):
-        raise BadCheckpoint(f"not an HRM checkpoint: it holds {shown(content)}", where=where)
+        raise BadCheckpoint(f"not an HRM checkpoint: it holds {shown(content)}", where=str(path))
     return content
 
 
@@ -132,28 +109,11 @@ def state_dict(content: Mapping[Any, Any], problems: Problems) -> dict[str, Tens
 
     The initial states are converted to float32 from what the trainer computed in.
     """
-    state: dict[str, Tensor] = {}
     raw = content.get(WEIGHTS, content)
-    if not isinstance(raw, Mapping):
-        problems.add(f"{WEIGHTS} is {shown(raw)}, not a state dict")
-        return state
-    for key, value in raw.items():
-        if not isinstance(key, str):
-            problems.add(f"the state dict has the key {shown(key)}, not text")
-            continue
-        name = key
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        if not isinstance(value, Tensor):
-            problems.add(f"{named([name])} is {shown(value)}, not a tensor")
-        elif value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            problems.add(f"{named([name])} is not a dense tensor with data")
-        elif name in ("H_init", "L_init") and value.dtype in (torch.bfloat16, torch.float16):
-            state[name] = value.detach().float()
-        elif value.dtype != torch.float32:
-            problems.add(f"{named([name])} is {value.dtype}, not torch.float32")
-        elif name in state:
-            problems.add(f"{named([name])} appears twice, with different prefixes")
-        else:
-            state[name] = value.detach()
-    return state
+    return plain_state(raw, problems, "the state dict", _plain, widened=("H_init", "L_init"))
+
+
+def _plain(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name

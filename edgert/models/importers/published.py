@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +40,8 @@ from edgert.models.importers.common import (
     sha256,
     shown,
 )
+from edgert.models.importers.torch_file import plain_state, read_torch
 
-MAX_ENTRIES = 1 << 17
-MAX_PICKLE = 64 << 20
 MAX_LOOPS = 1 << 10
 
 _PREFIXES = ("_orig_mod.", "module.")  # torch.compile and data-parallel wrappers
@@ -66,12 +63,11 @@ class Published:
 
 def read(path: Path, context: int | None = None) -> Published:
     """Read one checkpoint without making a model. Raises BadCheckpoint, UnsupportedModel."""
-    _check_zip(path)
     content = _unpickle(path)
     problems = Problems(str(path))
     fields = Fields(content, problems)
     step = fields.integer("step", 0, low=0, high=1 << 62)
-    state = _state(content, problems)
+    state = plain_state(content["model"], problems, "model", _plain, at="model.")
     config, unknown = read_config(content.get("config"), problems, context)
     problems.check("not a HAGI checkpoint that can be read")
     _refuse_redesign(state, str(path))
@@ -147,98 +143,28 @@ def _small_tables(config: HAGIConfig) -> HAGIConfig:
     return dataclasses.replace(config, context=1)
 
 
-def _check_zip(path: Path) -> None:
-    """torch.save stores its entries uncompressed: nothing may claim more than the file holds."""
-    where = str(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise BadCheckpoint(
-            f"a broken zip archive: {error}", where=where, do="download the file again"
-        ) from error
-    size = path.stat().st_size
-    stored = sum(entry.file_size for entry in entries)
-    packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
-    if packed or stored > size or len(entries) > MAX_ENTRIES:
-        raise BadCheckpoint(
-            f"not written by torch.save: {len(entries)} entries of {stored} bytes in a file of "
-            f"{size}, {len(packed)} of them compressed",
-            where=where,
-        )
-    pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-    if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
-        raise BadCheckpoint(
-            f"not written by torch.save: {len(pickles)} entries data.pkl, "
-            f"{max((e.file_size for e in pickles), default=0)} bytes (limit {MAX_PICKLE})",
-            where=where,
-        )
-
-
 def _unpickle(path: Path) -> Mapping[str, Any]:
-    """Tensors and primitives only: torch's restricted unpickler refuses everything else."""
-    where = str(path)
-    # torch.load goes by this one name and would take the file for something else.
-    misnamed = path.name.endswith(".safetensors")
-    try:
-        with path.open("rb") as file:
-            content = torch.load(
-                file if misnamed else path,
-                map_location="cpu",
-                mmap=not misnamed,  # leaves optimizer state on disk
-                weights_only=True,
-            )
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ({culprit[1]})" if culprit else ""
-        raise BadCheckpoint(
-            f"the checkpoint holds Python objects{what}, not only tensors and plain values",
-            where=where,
-            do="loading them would run code from the file; save it again with plain values "
-            "(very early HAGI files pickle their config as a class: make it a dict)",
-        ) from error
-    except Exception as error:  # a broken pickle can fail anywhere, with anything
-        reason = str(error).splitlines()[0] if str(error) else ""
-        raise BadCheckpoint(
-            f"torch cannot read the checkpoint: {type(error).__name__} {shown(reason)}",
-            where=where,
-            do="download the file again",
-        ) from error
+    """Tensors and plain values, with what a checkpoint must have."""
+    content = read_torch(
+        path,
+        holds="tensors and plain values",
+        do="loading them would run code from the file; save it again with plain values "
+        "(very early HAGI files pickle their config as a class: make it a dict)",
+    )
     if not isinstance(content, dict) or not {"model", "config"} <= set(content):
         found = named(sorted(map(str, content))) if isinstance(content, dict) else shown(content)
         raise BadCheckpoint(
             f"not a HAGI checkpoint: it must hold 'model' and 'config', found {found}",
-            where=where,
+            where=str(path),
             do="HAGI checkpoints are the only torch.save files that are read",
         )
     return content
 
 
-def _state(content: Mapping[str, Any], problems: Problems) -> dict[str, Tensor]:
-    """The state dict under its plain names: dense float32 tensors in memory."""
-    state: dict[str, Tensor] = {}
-    raw = content["model"]
-    if not isinstance(raw, Mapping):
-        problems.add(f"model is {shown(raw)}, not a state dict")
-        return state
-    for key, value in raw.items():
-        if not isinstance(key, str):
-            problems.add(f"model has the key {shown(key)}, not text")
-            continue
-        name = key
-        while name.startswith(_PREFIXES):
-            name = name.partition(".")[2]
-        if not isinstance(value, Tensor):
-            problems.add(f"model.{name} is {shown(value)}, not a tensor")
-        elif value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-            problems.add(f"model.{name} is not a dense tensor with data")
-        elif value.dtype != torch.float32:
-            problems.add(f"model.{name} is {value.dtype}, not torch.float32")
-        elif name in state:
-            problems.add(f"model.{name} appears twice, with different prefixes")
-        else:
-            state[name] = value.detach()
-    return state
+def _plain(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
 
 
 def read_config(

@@ -123,12 +123,17 @@ class Eager(Step):
         self, heads: Heads, cos: Tensor, sin: Tensor, tokens: int, keep: bool = True
     ) -> None:
         super().__init__(heads)
-        self.cos, self.sin = paired(cos[:tokens], sin[:tokens])
+        self.turns = torch.complex(cos[:tokens], sin[:tokens])  # [T, d/2]
         self.keep = keep
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """As `rotate` of this module, in one pass: a pair is a complex number. Never traced."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.turns).flatten(-2)
 
     def attend(self, slot: int, qkv: Tensor) -> Tensor:
         q, k, v = split_heads(qkv, self.heads)
-        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        q, k = self.rotate(q), self.rotate(k)
         if self.keep:
             self.k[slot], self.v[slot] = k, v
         repeat = self.heads.query // self.heads.kv

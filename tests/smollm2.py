@@ -8,6 +8,7 @@ by the reverse of llama.cpp's permutation: nothing of our importer is used for i
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 from pathlib import Path
@@ -36,20 +37,21 @@ def gguf_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-_exported: list[Path] = []
-
-
 def exported(folders: pytest.TempPathFactory) -> Path:
-    """The bundle, exported once for all test modules."""
+    """The bundle, exported once for all test modules and processes of a run."""
     if given := os.environ.get("EDGERT_TEST_SMOLLM2"):
         return Path(given).resolve()
-    if not _exported:
-        from edgert.export.pipeline import export_source
+    shared = folders.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "smollm2-135m-instruct"
+    with (shared / "smollm2.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():  # an export is there whole, or not at all
+            from edgert.export.pipeline import export_source
 
-        out = folders.mktemp("smollm2") / "smollm2-135m-instruct"
-        export_source(RECIPE, out)
-        _exported.append(out)
-    return _exported[0]
+            export_source(RECIPE, out)
+    return out
 
 
 def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:

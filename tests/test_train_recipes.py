@@ -13,7 +13,7 @@ from edgert.train import job
 from edgert.train.recipe import read_recipe
 
 FOLDER = Path(__file__).resolve().parents[1] / "export"
-RECIPES = sorted(p for p in FOLDER.glob("*.toml") if "\n[train]\n" in p.read_text("utf-8"))
+RECIPES = sorted(p for p in FOLDER.glob("hagi-*.toml") if "\n[train]\n" in p.read_text("utf-8"))
 LETTERS = {f"hagi-{letter}-tiny": letter.upper() for letter in "abcd"} | {"hagi-deep-tiny": "B"}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from edgert.train.deal import Dealer, ease, turner
 from edgert.train.loop import Trainer
 from edgert.train.metrics import read_metrics
 from edgert.train.puzzle_data import PuzzleMaterial, prepare_puzzles
-from edgert.train.recipe import completed, differences, read_recipe
+from edgert.train.puzzle_recipe import PuzzleData, PuzzleTrain
+from edgert.train.recipe import TrainConfig, completed, differences, read_recipe
 from edgert.train.workers import Workers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -453,3 +455,28 @@ def test_a_new_run_begins_with_a_checkpoint_of_ours(tmp_path):
     assert state["updates"] == 6
     assert state["sampler"] == {"iteration": 1, "batch": 1, "dealt": 1}
     assert state["carry"][0]["steps"] == [1] * 8
+
+
+def test_the_page_names_every_key_and_default():
+    """docs/training.md is where an error sends the reader; what text has, its table says."""
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    table = page.split("## Puzzles")[1].split("\n## ")[0]
+    defaults: dict[str, object] = {}
+    for kind, base in ((PuzzleData, None), (PuzzleTrain, TrainConfig)):
+        for field in fields(kind):
+            if base is None or getattr(base, field.name, None) != field.default:
+                assert f"`{field.name}`" in table, field.name
+            defaults[f"{kind.__name__}.{field.name}"] = field.default
+    owner, checked = "", 0
+    for row in table.splitlines():
+        cells = [cell.strip() for cell in row.split("|")] if row.startswith("|") else []
+        if len(cells) != 6:
+            continue
+        owner = {"`[data]`": "PuzzleData", "`[train]`": "PuzzleTrain"}.get(cells[1], owner)
+        names, stated = re.findall(r"`(\w+)`", cells[2]), cells[3].strip("`")
+        for name, text in zip(names, re.findall(r"[^, ]+", stated), strict=False):
+            default = defaults[f"{owner}.{name}"]
+            wanted = str(default).lower() if isinstance(default, bool) else default
+            assert text == wanted or float(text) == wanted, name
+            checked += 1
+    assert checked > 15

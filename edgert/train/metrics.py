@@ -117,7 +117,7 @@ def plot(
         if solved:
             _shares(axes, solved)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, loc="center left" if solved else "best")
+            axes.legend(frameon=False, loc="upper center" if solved else "best")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
     write_atomic(path, buffer.getvalue())
@@ -136,7 +136,7 @@ def _shares(axes: Any, solved: list[dict[str, Any]]) -> None:
     right.set_ylim(-0.02, 1.02)
     right.set_ylabel("share of held-out puzzles")
     right.spines["top"].set_visible(False)
-    right.legend(frameon=False, loc="center right")
+    right.legend(frameon=False, loc="lower right")
 
 
 def smooth(values: tuple[float, ...], width: int) -> list[float]:

@@ -90,6 +90,21 @@ def test_a_model_that_solves_learns_small_boards(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_twin_of_a_model_that_solves_learns_in_a_moment(tmp_path):
+    """A few seconds of it: far above the constant answer in cells, and read back as a model."""
+    recipe = read_recipe(FOLDER / "hrm-sudoku4.toml")
+    train = replace(recipe.train, steps=60, warmup_steps=10, batch_size=32, ema=0.9)
+    twin = replace(recipe, train=train, data=replace(recipe.data, classes=400, held_out=100))
+    outcome = job.train(twin, tmp_path / "run")
+    assert outcome.first == pytest.approx(1.79, abs=0.1)  # ln 6: nothing is known yet
+    assert outcome.last < 0.9
+    found = outcome.heldout
+    assert found.cells > found.constant_cells + 0.3
+    assert not found.collapsed
+    assert load_source(tmp_path / "run").model.config == recipe.model
+
+
+@pytest.mark.slow
 def test_a_twin_of_a_recipe_learns_in_a_moment(tmp_path):
     """Model D on the built-in corpus, some seconds of it: far below what it starts from, and read
     back as a model."""

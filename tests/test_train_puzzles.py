@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -38,7 +39,10 @@ FILES = ("model.safetensors", "training.safetensors")
 TRAIN, DATA = "[train]\n", "classes = 60\n"
 
 EVERYTHING = [
-    (TRAIN, "[train]\nema = 0.9\ngrad_accum_steps = 2\ngrad_clip = 1\nlookahead = false\n"),
+    (
+        TRAIN,
+        "[train]\nema = 0.9\ngrad_accum_steps = 2\ngrad_clip = 1\nlookahead = false\nhalt_above = 0.6\n",
+    ),
     (DATA, f"{DATA}augment = true\ncurriculum = 0.8\n"),
     ("warmup_steps = 2\n", 'warmup_steps = 2\ngradient = "segment"\n'),
 ]
@@ -155,6 +159,19 @@ def test_a_step_learns_and_the_table_moves_by_its_own_rule(tmp_path):
     assert table.abs().max() > 0.009
 
 
+def test_without_lookahead_halting_is_by_its_own_score(tmp_path):
+    """The score of continuing is log(p / (1 - p)) before and behind every step, decay or not."""
+    changes = (
+        (TRAIN, "[train]\nlookahead = false\nhalt_above = 0.9\nweight_decay = 0.5\n"),
+        (*("warmup_steps = 2", "warmup_steps = 2\nema = 0.5"),),
+    )
+    job.train(recipe_of(tmp_path, *changes), tmp_path / "run")
+    weights = trained.newest(tmp_path / "run")[0].tensors(FILES[0])
+    assert float(weights["q_head.bias"][1]) == pytest.approx(math.log(9), abs=1e-6)
+    assert not weights["q_head.weight"][1].any()
+    assert weights["q_head.weight"][0].any()
+
+
 def test_an_exported_run_says_what_it_solves(tmp_path):
     """The importer gives back the model that was evaluated, its task, and no tokenizer."""
     for name, model in (("a", SEGMENTS), ("b", CYCLES)):
@@ -204,6 +221,7 @@ WRONG = {
         '[train]\noptimizer = "muon"\n',
     ),
     "train.gradient is 'all', not one of one-step, segment": (TRAIN, '[train]\ngradient = "all"\n'),
+    "train.halt_above belongs to lookahead = false": (TRAIN, "[train]\nhalt_above = 0.9\n"),
     "train.lookahead is 1, not true or false": (TRAIN, "[train]\nlookahead = 1\n"),
     "train.epochs is not a key of a recipe": (TRAIN, "[train]\nepochs = 3\n"),
     "train.batch_size is missing": ("batch_size = 8\n", ""),

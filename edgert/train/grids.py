@@ -6,6 +6,7 @@ decide, so that there is no state of it to keep.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,9 +98,7 @@ class SegmentObjective(_Grids):
         assert isinstance(model, SegmentModel)
         super().__init__(recipe, model, dealer, workers)
         self.network = model
-        if not self.config.lookahead:
-            with torch.no_grad():
-                model.q_bias[1] = 0.0  # and its weights are 0: halting is by its own score alone
+        self._pin()
         self.segments = _Segments(model, self.config)
         c = self.config
         nothing = torch.zeros(c.batch_size, model.config.seq_len, dtype=torch.int32)[self.rows]
@@ -116,8 +115,17 @@ class SegmentObjective(_Grids):
         loss: Tensor = self.loss(micro, offered, least[self.rows])
         return loss
 
+    @torch.no_grad()
+    def _pin(self) -> None:
+        """Without lookahead the score of continuing is a constant, whatever decay does to it: its
+        weights begin at 0, and no gradient moves them."""
+        if not self.config.lookahead:
+            share = self.config.halt_above
+            self.network.q_bias[1] = math.log(share / (1 - share))
+
     def update(self, step: int) -> None:
         """The rows of the puzzle table that this step has used."""
+        self._pin()
         table, c = self.network.puzzle_table, self.config
         if table is None:
             return

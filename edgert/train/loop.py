@@ -84,8 +84,8 @@ class Trainer:
         norm = self.optimizer.clip()
         self._finite("gradient norm", norm)
         lr = self.learning_rate(norm)
-        self.objective.update(self.step)
         self.optimizer.step(lr)
+        self.objective.update(self.step)
         if self.average is not None:
             self.average.update()
         self.step += 1

@@ -39,7 +39,7 @@ class Objective(Protocol):
         ...
 
     def update(self, step: int) -> None:
-        """Move what the optimizer does not: once a step, before it."""
+        """Move what the optimizer does not: once a step, behind it."""
         ...
 
     def figures(self) -> dict[str, float | None]:

@@ -57,7 +57,8 @@ class PuzzleTrain(TrainConfig):
     gradient    "one-step": only the last two updates of a segment are differentiated, as published;
                 "segment": all of them
     lookahead   the score of continuing learns from one further segment, as published; without it
-                there is none (it is 0), and halting is decided by its own score alone
+                that score is a constant, and halting is decided by its own score alone
+    halt_above  without lookahead: the probability of being right above which a puzzle halts
     cycle_loss  "published": the last cycle's answer; "halting": that of every cycle, and whether
                 it was right
     """
@@ -74,6 +75,7 @@ class PuzzleTrain(TrainConfig):
     puzzle_emb_weight_decay: float = 0.1
     gradient: str = "one-step"
     lookahead: bool = True
+    halt_above: float = 0.5
     cycle_loss: str = "published"
     eval_puzzles: int = 256
 
@@ -88,7 +90,9 @@ TEXT_ONLY = (
     *("window", "schedule", "tension_beta", "tension_lo", "tension_hi", "muon_momentum"),
     *("muon_ns_steps", "depth", "settle", "precision", "eval_tokens"),
 )
-SEGMENTS_ONLY = ("puzzle_emb_lr", "puzzle_emb_weight_decay", "gradient", "lookahead")
+SEGMENTS_ONLY = (
+    *("puzzle_emb_lr", "puzzle_emb_weight_decay", "gradient", "lookahead", "halt_above"),
+)
 CYCLES_ONLY = ("cycle_loss",)
 
 
@@ -168,6 +172,8 @@ def read_puzzle_train(f: Fields, kind: str) -> PuzzleTrain:
         if key in f and key not in f.seen:
             f.problems.add(f"train.{key} belongs to {whose}")
     f.seen |= set(foreign)
+    if "halt_above" in f and train.lookahead and kind == "segments":
+        f.problems.add("train.halt_above belongs to lookahead = false")
     if "eps" in f and train.optimizer != "adamw":
         f.problems.add("train.eps belongs to optimizer = 'adamw'")
     return train

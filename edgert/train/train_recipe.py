@@ -85,6 +85,7 @@ _NUMBERS = {
     "muon_momentum": (0.0, 1.0),
     "settle": (0.0, 1e3),
     "ema": (0.0, 0.999999),
+    "halt_above": (1e-6, 1 - 1e-6),
     "puzzle_emb_lr": (0.0, 1e3),
     "puzzle_emb_weight_decay": (0.0, 1e3),
 }

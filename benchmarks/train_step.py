@@ -106,7 +106,7 @@ def main(recipe: Path, rounds: int, steps: int, threads: int | None, as_json: bo
         "steps": rounds * steps,
         "ms_median": found,
         "ms_best": {name: min(values) for name, values in times.items()},
-        "tokens_per_s": ours.trainer.tokens_per_step / found["ours"] * 1e3,
+        "tokens_per_s": ours.trainer.objective.per_step / found["ours"] * 1e3,
         "plain_over_ours": found["plain"] / found["ours"],
         "losses": "equal to rounding",
     }

@@ -82,7 +82,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     one = job.train(recipe, tmp_path / "run")
     two = job.train(recipe, tmp_path / "run", resume=True)
     assert (one.heldout, one.first, one.last) == (two.heldout, two.first, two.last)
-    assert two.tokens_per_s is None
+    assert two.per_s is None
     assert len(losses(tmp_path / "run")) == 12
 
 

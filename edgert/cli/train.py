@@ -57,11 +57,12 @@ def train(
 ) -> None:
     """Train the model that RECIPE describes.
 
-    Checkpoints, metrics, the loss as a picture and the held-out text go to the run's folder. A run
+    Checkpoints, metrics, the loss as a picture and what is held out go to the run's folder. A run
     that was interrupted or killed goes on with --resume as if nothing had happened: on the same
     machine with the same number of threads the weights are the same, bit for bit.
 
-    The figures at the end are those of text that was held out, as `edgert eval` measures them.
+    The figures at the end are those of what was held out: text, as `edgert eval` measures it, or
+    puzzles, solved at full depth and with early exit.
     Several processes: torchrun --nproc-per-node 2 -m edgert train RECIPE.
     """
     try:
@@ -104,7 +105,7 @@ def train(
 
 
 def _card(o: Outcome) -> list[str]:
-    speed = f", {o.tokens_per_s:,.0f} tok/s" if o.tokens_per_s else ""
+    speed = f", {o.per_s:,.0f} {_short(o.unit)}/s" if o.per_s else ""
     threads = f"{o.threads} thread{'s' if o.threads > 1 else ''}"
     rows = [
         (
@@ -114,22 +115,19 @@ def _card(o: Outcome) -> list[str]:
         )
     ]
     if o.first is not None:
-        rows.append(("loss", f"{o.first:.4f} at first, {o.last:.4f} at last, nats a token"))
+        rows.append(("loss", f"{o.first:.4f} at first, {o.last:.4f} at last, {o.per}"))
     if o.heldout is not None:
-        h = o.heldout
-        bits = "" if h.bits_per_byte is None else f"{h.bits_per_byte:.4f} bits per byte, "
-        rows.append(("held out", f"{bits}{h.loss:.4f} nats a token, {h.tokens:,} tokens"))
-        if h.bigram is not None:
-            rows.append(("bigram", f"{h.bigram:.4f} bits per byte on the same tokens"))
-        rows.append(
-            ("responds", f"sensitivity to input {h.sensitivity:.2f} (0: always the same answer)")
-        )
+        rows += o.heldout.card()
     rows.append(("saved", str(o.checkpoint)))
     rows.append(("picture", str(o.plot)))
     if o.step < o.steps:
         rows.append(("next", f"edgert train RECIPE -o {o.run} --resume"))
     rows.append(("next", f"edgert export {o.run} -o bundles/{o.model}"))
     return [f"{label:<{LABEL}}{text}" for label, text in rows]
+
+
+def _short(unit: str) -> str:
+    return {"tokens": "tok"}.get(unit, unit)
 
 
 def _watcher(quiet: bool) -> Watcher:
@@ -140,8 +138,9 @@ def _watcher(quiet: bool) -> Watcher:
     class Terminal(TerminalReporter, Watcher):
         bar: Any = None
 
-        def begin(self, done: int, steps: int, tokens_per_step: int) -> None:
-            self.steps, self.tokens, self.loss = steps, tokens_per_step, None
+        def begin(self, done: int, steps: int, per_step: int, unit: str) -> None:
+            self.steps, self.per_step, self.unit = steps, per_step, _short(unit)
+            self.loss: float | None = None
             self.every = max(1, (steps - done) // LINES)
             self.started, self.done = time.perf_counter(), done
             if quiet or not sys.stderr.isatty():
@@ -156,16 +155,16 @@ def _watcher(quiet: bool) -> Watcher:
             # The mean of about the last twenty steps: a single one says little.
             self.loss = step.loss if self.loss is None else 0.95 * self.loss + 0.05 * step.loss
             seconds = time.perf_counter() - self.started
-            speed = (step.number - self.done) * self.tokens / seconds
+            speed = (step.number - self.done) * self.per_step / seconds
             if self.bar is not None:
-                facts = f"loss {self.loss:.3f}  {speed:,.0f} tok/s"
+                facts = f"loss {self.loss:.3f}  {speed:,.0f} {self.unit}/s"
                 self.bar.update(self.task, completed=step.number, facts=facts)
             elif step.number % self.every == 0:
                 left = (self.steps - step.number) * seconds / (step.number - self.done)
                 self.line(
                     "training",
                     f"step {step.number:,} of {self.steps:,}  loss {self.loss:.4f}  "
-                    f"{speed:,.0f} tok/s  {left:.0f} s left",
+                    f"{speed:,.0f} {self.unit}/s  {left:.0f} s left",
                 )
 
         def end(self) -> None:

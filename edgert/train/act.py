@@ -158,11 +158,28 @@ def evaluate(model: Segmented, carry: Carry, offered: Grids) -> tuple[Carry, Out
 def train(
     model: Segmented, carry: Carry, offered: Grids, generator: torch.Generator
 ) -> tuple[Carry, Outcome]:
-    """One segment with gradients. A slot halts behind T segments, or as soon as its score of
-    halting is the higher one; exploration may hold it up.
+    """One segment with gradients, as published.
 
-    generator  of the exploration: with probability `halt_exploration_prob`, a slot goes on to a
-               number of segments from 2 to T at least. It is drawn anew in each segment.
+    generator  of the exploration: see `explored`
+    """
+    return advance(model, carry, offered, explored(model.config, len(carry.steps), generator))
+
+
+def advance(
+    model: Segmented,
+    carry: Carry,
+    offered: Grids,
+    least: Tensor,
+    *,
+    one_step: bool = True,
+    lookahead: bool = True,
+) -> tuple[Carry, Outcome]:
+    """One segment with gradients. A slot halts behind T segments, or as soon as its score of
+    halting is the higher one, but not before `least` [B] segments.
+
+    one_step   the last two updates are differentiated, not all of the segment
+    lookahead  one further segment says what the score of continuing should be; without it there is
+               no such target, and that score learns nothing
     """
     carry = refill(model, carry, offered)
     most = model.config.halt_max_steps
@@ -170,22 +187,30 @@ def train(
     if rows is not None:
         rows = rows.detach().clone().requires_grad_(True)
     e = model.embed(carry.grids.inputs, rows)
-    found = model.segment(carry.z_h, carry.z_l, e, one_step_gradient=True)
+    found = model.segment(carry.z_h, carry.z_l, e, one_step_gradient=one_step)
+    z_h, z_l = found.z_h.detach(), found.z_l.detach()
     steps = carry.steps + 1
     last = halted = steps >= most
     target = None
     if most > 1:
         with torch.no_grad():
             halted = last | (found.q[:, 0] > found.q[:, 1])
-            halted = halted & (steps >= _explored(model.config, len(steps), generator))
-            ahead = model.segment(found.z_h, found.z_l, e.detach(), one_step_gradient=False).q
-            target = torch.where(last, ahead[:, 0], ahead.max(-1).values).sigmoid()
-    after = Carry(found.z_h, found.z_l, steps, halted, carry.grids)
+            halted = halted & (steps >= least)
+            if lookahead:
+                ahead = model.segment(z_h, z_l, e.detach(), one_step_gradient=False).q
+                target = torch.where(last, ahead[:, 0], ahead.max(-1).values).sigmoid()
+    after = Carry(z_h, z_l, steps, halted, carry.grids)
     return after, Outcome(found.logits, found.q[:, 0], found.q[:, 1], target, rows)
 
 
-def _explored(limits: Limits, batch: int, generator: torch.Generator) -> Tensor:
-    """The segments [B] below which a slot does not halt; 0 where nothing is explored."""
+def explored(limits: Limits, batch: int, generator: torch.Generator) -> Tensor:
+    """The segments [B] below which a slot does not halt; 0 where nothing is explored.
+
+    With probability `halt_exploration_prob`, a slot goes on to a number of segments from 2 to T at
+    least. It is drawn anew in each segment.
+    """
+    if limits.halt_max_steps == 1:
+        return torch.zeros(batch, dtype=torch.int64)
     held = torch.rand(batch, generator=generator) < limits.halt_exploration_prob
     least = torch.randint(2, limits.halt_max_steps + 1, (batch,), generator=generator)
     return torch.where(held, least, 0)

@@ -15,7 +15,8 @@ from edgert.models.importers import published as importer
 from edgert.models.importers import trained
 from edgert.models.importers.common import Problems
 from edgert.train import published
-from edgert.train.loop import RAW, Trainer
+from edgert.train.loop import CARRY, RAW, Trainer
+from edgert.train.optim import Optimizer
 from edgert.train.recipe import differences
 
 
@@ -45,7 +46,7 @@ class _Start:
     """What a new run takes from a checkpoint: raw weights, moments, and how far they are."""
 
     weights: Mapping[str, Tensor]
-    moments: Mapping[str, Tensor]
+    moments: dict[str, Tensor]
     step: int
     updates: Any
 
@@ -59,6 +60,12 @@ def start(trainer: Trainer, path: Path) -> list[str]:
     where, steps = str(path), trainer.config.steps
     if not path.exists():
         raise UsageError("there is no such checkpoint", where=where, do="correct --from")
+    if not path.is_dir() and trainer.recipe.family.kind != "text":
+        raise UsageError(
+            "training begins with a published checkpoint only where text is learnt",
+            where=where,
+            do="give a run or checkpoint of `edgert train`",
+        )
     taken, notes = (_ours if path.is_dir() else _published)(trainer, path)
     if taken.step >= steps:
         raise UsageError(
@@ -66,7 +73,7 @@ def start(trainer: Trainer, path: Path) -> list[str]:
             where=where,
             do="raise steps in [train]",
         )
-    tensors = dict(taken.moments)
+    tensors = taken.moments | trainer.objective.tensors()
     if trainer.average is not None:  # it starts at the weights
         tensors |= {f"{RAW}.{name}": value for name, value in taken.weights.items()}
     state = trainer.state() | {"step": taken.step, "updates": taken.updates}
@@ -84,14 +91,15 @@ def _ours(trainer: Trainer, path: Path) -> tuple[_Start, list[str]]:
     tensors = found.tensors(trained.TENSORS)
     own = f"{RAW}."
     raw = {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
-    moments = {name: t for name, t in tensors.items() if not name.startswith(own)}
-    weights = raw or found.tensors(trained.WEIGHTS)
+    moments = {name: t for name, t in tensors.items() if not name.startswith((own, f"{CARRY}."))}
+    weights = found.tensors(trained.WEIGHTS) | raw
     return _Start(weights, moments, found.step, found.training().get("updates")), notes
 
 
 def _published(trainer: Trainer, path: Path) -> tuple[_Start, list[str]]:
     found = importer.read(path)
     _same_model(found.config.published(), trainer, path)
+    assert isinstance(trainer.optimizer, Optimizer), "of text"
     model = trainer.recipe.family.assemble(
         trainer.recipe.model, found.state, Problems(str(path)), path.stat().st_size
     )

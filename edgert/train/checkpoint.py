@@ -20,7 +20,7 @@ from torch import Tensor
 from edgert.errors import EdgertError
 from edgert.files import fsync_path
 from edgert.models.importers import trained
-from edgert.models.trainable import Config, Family
+from edgert.models.trainable import Config, Family, positions
 
 _UNFINISHED = ".step-*.tmp"
 
@@ -30,20 +30,23 @@ class Snapshot:
     """What a checkpoint holds. Tensors may be views of what training goes on with.
 
     weights   published name -> weight to use: the average if there is one
-    tensors   what else training needs, by '<kind>.<published name>'
+    tensors   what else training needs, by '<kind>.<name>'
     training  JSON
+    eos       of a text model, with either byte_offset or tokenizer_json
+    task      of a model that solves: what its puzzles are
     """
 
     name: str
     step: int
     family: Family
     config: Config
-    byte_offset: int | None
-    tokenizer_json: str | None
-    eos: int
     weights: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     training: Mapping[str, Any]
+    byte_offset: int | None = None
+    tokenizer_json: str | None = None
+    eos: int | None = None
+    task: str | None = None
 
 
 def folder_name(step: int) -> str:
@@ -118,20 +121,20 @@ def _fill(folder: Path, snapshot: Snapshot) -> None:
     if snapshot.tokenizer_json is not None:
         data = snapshot.tokenizer_json.encode()
         files[trained.TOKENIZER] = _write(folder / trained.TOKENIZER, data)
-    kind = (
+    tokenizer = (
         {"kind": "file", "file": trained.TOKENIZER}
         if snapshot.byte_offset is None
         else {"kind": "bytes", "offset": snapshot.byte_offset}
     )
+    reads = {"tokenizer": tokenizer, "eos": snapshot.eos}
     config: dict[str, Any] = {
         "format": trained.FORMAT,
         "format_version": trained.VERSION,
         "name": snapshot.name,
         "step": snapshot.step,
         "family": snapshot.family.name,
-        "context": snapshot.config.context,
-        "tokenizer": kind,
-        "eos": snapshot.eos,
+        "context": positions(snapshot.config),
+        **(reads if snapshot.task is None else {"task": snapshot.task}),
         "config": snapshot.config.published(),
         "files": files,
     }

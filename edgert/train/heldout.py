@@ -9,7 +9,8 @@ sensitivity  how much predictions depend on the input: 0 is a model that always 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from edgert.evaluate import windows
-from edgert.models.trainable import Model
+from edgert.models.trainable import TextModel as Model
 from edgert.train.data import Tokens
 
 COLLAPSED = 1e-3
@@ -47,6 +48,32 @@ class HeldOut:
     collapsed: bool
     window: int
     stride: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def logged(self) -> dict[str, Any]:
+        return {"heldout": self.loss, "sensitivity": self.sensitivity}
+
+    def said(self) -> str:
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits/byte"
+        return f"{self.loss:.4f}{bits}"
+
+    def card(self) -> list[tuple[str, str]]:
+        bits = "" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f} bits per byte, "
+        rows = [("held out", f"{bits}{self.loss:.4f} nats a token, {self.tokens:,} tokens")]
+        if self.bigram is not None:
+            rows.append(("bigram", f"{self.bigram:.4f} bits per byte on the same tokens"))
+        felt = f"sensitivity to input {self.sensitivity:.2f} (0: always the same answer)"
+        return [*rows, ("responds", felt)]
+
+    def warnings(self) -> list[str]:
+        if not self.collapsed:
+            return []
+        return [
+            f"collapsed: predictions hardly depend on the input (sensitivity "
+            f"{self.sensitivity:.1e}, at least {COLLAPSED:g} is expected)"
+        ]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """A whole training run: a recipe and a folder -> checkpoints, metrics, held-out figures, a plot.
 
 RUN/
-  recipe.toml, run.json, data/, heldout.txt     prepare.py
+  recipe.toml, run.json, data/, heldout.txt     prepare.py, puzzle_data.py
   step-00000300/                                checkpoint.py; with --published also a .pt
   metrics.jsonl, loss.png                       metrics.py
   result.json                                   the figures of the last session
@@ -9,16 +9,11 @@ RUN/
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import platform
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +21,30 @@ import numpy as np
 import torch
 
 from edgert._version import __version__
-from edgert.errors import Diverged, EdgertError, UsageError
+from edgert.errors import Diverged, UsageError
 from edgert.files import write_atomic
+from edgert.models.trainable import TextModel
 from edgert.progress import Reporter
-from edgert.train import beginning, checkpoint, heldout, metrics, prepare, published
-from edgert.train.data import Sampler
-from edgert.train.heldout import Bigram, HeldOut
+from edgert.train import beginning, checkpoint, metrics, prepare, published
+from edgert.train.kinds import MATERIALS, PREPARE
 from edgert.train.loop import Step, Trainer
+from edgert.train.objective import Figures
+from edgert.train.optim import Optimizer
 from edgert.train.recipe import TrainRecipe, completed, differences
+from edgert.train.session import locked, stop_requests
 from edgert.train.workers import Workers, workers
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 RESULT = "result.json"
-LOCK = ".lock"
 
 
 class Watcher(Reporter):
     """Says nothing; the CLI's draws a bar."""
 
-    def begin(self, done: int, steps: int, tokens_per_step: int) -> None:
-        """Training starts behind step `done` and ends behind step `steps`."""
+    def begin(self, done: int, steps: int, per_step: int, unit: str) -> None:
+        """Training starts behind step `done` and ends behind step `steps`. A step takes so many
+        of `unit`, such as "tokens"."""
 
     def step(self, step: Step) -> None:
         """One update has been made."""
@@ -57,10 +55,12 @@ class Watcher(Reporter):
 
 @dataclass
 class Outcome:
-    """What a session did. Losses are nats a token.
+    """What a session did.
 
+    unit         what is trained on, such as "tokens"; `per`: what the losses are of
     first, last  training loss of the run's first logged step; mean of the last ten
-    tokens_per_s of training steps in this session; evaluation and checkpoints not counted
+    per_s        units a second of training steps in this session; evaluation and checkpoints not
+                 counted
     speaks       of several processes, the one whose figures are complete
     """
 
@@ -73,8 +73,10 @@ class Outcome:
     steps: int
     first: float | None
     last: float | None
-    heldout: HeldOut | None
-    tokens_per_s: float | None
+    heldout: Any  # objective.Figures of the family's kind, or None
+    unit: str
+    per: str
+    per_s: float | None
     seconds: float
     threads: int
     interrupted: bool
@@ -82,12 +84,14 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        value = asdict(self)
-        del value["speaks"]
-        return value | {k: None if v is None else str(v) for k, v in value.items() if k in _PATHS}
+        value = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _UNSAID}
+        value |= {k: None if value[k] is None else str(value[k]) for k in _PATHS}
+        heldout = None if self.heldout is None else self.heldout.to_json()
+        return value | {"heldout": heldout, f"{self.unit}_per_s": self.per_s}
 
 
 _PATHS = ("run", "checkpoint", "plot")
+_UNSAID = ("speaks", "unit", "per", "per_s")
 
 
 def train(
@@ -116,7 +120,7 @@ def train(
     """
     with workers() as group:
         heard = watcher if watcher is not None and group.first else Watcher()
-        with _locked(run, resume, group):
+        with locked(run, resume, group):
             job = _Job(recipe, run, group, heard, write_published)
             return job.run_all(recipe_text, resume, until, start)
 
@@ -159,7 +163,9 @@ class _Job:
             first=None,
             last=None,
             heldout=None,
-            tokens_per_s=made * trainer.tokens_per_step / spent if made else None,
+            unit=trainer.objective.unit,
+            per=self.material.per,
+            per_s=made * trainer.objective.per_step / spent if made else None,
             seconds=0.0,
             threads=torch.get_num_threads(),
             interrupted=stopped,
@@ -176,10 +182,13 @@ class _Job:
         if self.group.first:
             self._prepare(recipe_text, resume)
         self.group.wait()
-        c = self.recipe.train
-        self.data = prepare.open_data(self.recipe, self.run)
-        sampler = Sampler(self.data.shards, c.window, c.seed, str(self.run))
-        self.trainer = Trainer(self.recipe, sampler, self.group)
+        self.material = MATERIALS[self.recipe.family.kind](self.recipe, self.run)
+        self.trainer = Trainer(self.recipe, self.material.source(), self.group)
+        if self.write_published and not isinstance(self.trainer.model, TextModel):
+            raise UsageError(
+                "models of this family are not written in their published format",
+                do="leave out --published: a checkpoint has the published names",
+            )
         if resume:
             self.saved, notes = beginning.resume(self.trainer, self.run)
             self.notes += notes
@@ -195,7 +204,7 @@ class _Job:
         if done:
             self._same_recipe()
         else:
-            prepare.prepare(self.recipe, self.run, self.watcher)
+            PREPARE[self.recipe.family.kind](self.recipe, self.run, self.watcher)
         if recipe_text and not done:
             write_atomic(self.run / "recipe.toml", recipe_text.encode())
         checkpoint.sweep(self.run)
@@ -214,12 +223,13 @@ class _Job:
     def _loop(self, end: int) -> tuple[bool, float, int]:
         """Steps up to `end`: whether it was told to stop, seconds in steps, steps made."""
         t, c, made, spent = self.trainer, self.recipe.train, 0, 0.0
-        self.watcher.begin(t.step, end, t.tokens_per_step)
+        unit, per_step = t.objective.unit, t.objective.per_step
+        self.watcher.begin(t.step, end, per_step, unit)
         log = metrics.Metrics(self.run / METRICS) if self.group.first else None
         stopped = False
         t.model.train()
         try:
-            with _stop_requests() as requested:
+            with stop_requests() as requested:
                 while t.step < end and not stopped:
                     start = time.perf_counter()
                     step = t.advance()
@@ -229,13 +239,17 @@ class _Job:
                     stopped = self._agreed(requested())
                     last = t.step == end or stopped
                     if log is not None and (step.number % c.log_interval == 0 or last):
+                        counted = {
+                            unit: step.number * per_step,
+                            f"{unit}_per_s": round(per_step / seconds, 1),
+                        }
                         log.write(
                             step=step.number,
                             loss=step.loss,
                             lr=step.lr,
                             grad_norm=step.norm,
-                            tokens=step.number * t.tokens_per_step,
-                            tokens_per_s=round(t.tokens_per_step / seconds, 1),
+                            **counted,
+                            **t.objective.figures(),
                         )
                     if c.ckpt_interval and t.step % c.ckpt_interval == 0 and not last:
                         self._save()
@@ -259,32 +273,31 @@ class _Job:
         return self.group.mean([float(mine)])[0] > 0
 
     def _save(self) -> None:
+        snapshot = self._snapshot()  # all processes: each has a part of what is carried on
         if self.group.first:
-            self.saved = checkpoint.write_checkpoint(self.run, self._snapshot())
-            if self.write_published:
-                t = self.trainer
+            self.saved = checkpoint.write_checkpoint(self.run, snapshot)
+            t = self.trainer
+            if self.write_published and isinstance(t.model, TextModel):
+                assert isinstance(t.optimizer, Optimizer), "of text"
                 path = self.run / f"step-{t.step:08d}.pt"
                 published.write_published(path, t.model, t.step, t.optimizer)
             checkpoint.prune(self.run, self.recipe.train.keep)
         self.group.wait()
 
     def _snapshot(self) -> checkpoint.Snapshot:
-        t, d = self.trainer, self.data
+        t = self.trainer
         return checkpoint.Snapshot(
             name=self.recipe.name,
             step=t.step,
             family=self.recipe.family,
             config=self.recipe.model,
-            byte_offset=d.byte_offset,
-            tokenizer_json=d.tokenizer_json,
-            eos=d.eos,
             weights=t.weights(),
             tensors=t.tensors(),
             training=t.state()
             | {
                 "recipe": self.recipe.to_json(),
-                "data": {key: d.record[key] for key in ("corpus", "shards", "heldout")},
-                "evaluation": {"window": self._window[0], "stride": self._window[1]},
+                "data": self.material.record,
+                "evaluation": self.material.evaluation,
                 "threads": torch.get_num_threads(),
                 "processes": self.group.count,
                 "versions": {
@@ -294,126 +307,48 @@ class _Job:
                     "python": platform.python_version(),
                 },
             },
+            **self.material.identity(),
         )
 
-    @property
-    def _window(self) -> tuple[int, int]:
-        """Window and stride of evaluation: those of training, and half of it."""
-        window = self.recipe.train.window
-        return window, max(1, window // 2)
-
     def _evaluate_some(self, log: metrics.Metrics | None) -> None:
-        if self.group.first and log is not None and len(self.data.heldout) > 1:
-            found = self._evaluate(self.data.heldout[: self.recipe.train.eval_tokens], None)
-            log.write(step=self.trainer.step, heldout=found.loss, sensitivity=found.sensitivity)
-            bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.3f} bits/byte"
-            self.watcher.line("held out", f"step {self.trainer.step}: {found.loss:.4f}{bits}")
+        if self.group.first and log is not None:
+            found = self._evaluate(whole=False)
+            if found is not None:
+                log.write(step=self.trainer.step, **found.logged())
+                self.watcher.line("held out", f"step {self.trainer.step}: {found.said()}")
         self.group.wait()
 
-    def _evaluate(self, ids: Any, bigram: Bigram | None) -> HeldOut:
+    def _evaluate(self, whole: bool) -> Figures | None:
         """With the weights to use: the average, if there is one."""
         model, average = self.trainer.model, self.trainer.average
         if average is not None:
             average.swap()
         model.eval()
         try:
-            costs = heldout.score(model, ids, *self._window)
-            felt = heldout.sensitivity(model, ids, self._window[0])
+            return self.material.evaluate(model, whole)
         finally:
             model.train()
             if average is not None:
                 average.swap()
-        return heldout.summary(costs, ids, self.data.lengths, bigram, felt, self._window)
 
     def _report(self, outcome: Outcome, began: float) -> None:
         """Final figures and the plot. An interrupted session skips the evaluation."""
-        vocab = self.recipe.model.vocab_size
-        if len(self.data.heldout) > 1 and self.trainer.step and not outcome.interrupted:
-            with self.watcher.stage("held out", f"{len(self.data.heldout):,} tokens"):
-                small = vocab <= heldout.MAX_BIGRAM_VOCAB
-                bigram = Bigram(self.data.shards, vocab) if small else None
-                found = self._evaluate(self.data.heldout, bigram)
-            outcome.heldout = found
-            if found.collapsed:
-                outcome.notes.append(
-                    f"collapsed: predictions hardly depend on the input (sensitivity "
-                    f"{found.sensitivity:.1e}, at least {heldout.COLLAPSED:g} is expected)"
-                )
+        if self.trainer.step and not outcome.interrupted:
+            with self.watcher.stage("held out", self.material.held_out):
+                outcome.heldout = self._evaluate(whole=True)
+            if outcome.heldout is not None:
+                outcome.notes += outcome.heldout.warnings()
         lines = metrics.read_metrics(self.run / METRICS)
         losses = [line["loss"] for line in lines if line.get("loss") is not None]
         if losses:
             outcome.first = losses[0]
             outcome.last = sum(losses[-10:]) / len(losses[-10:])
+        baseline = None
         if outcome.heldout is not None:
-            lines.append({"step": outcome.step, "heldout": outcome.heldout.loss})
-        metrics.plot(lines, outcome.plot, f"{self.recipe.name}: loss", self._nats(outcome.heldout))
+            lines.append({"step": outcome.step} | outcome.heldout.logged())
+            baseline = self.material.baseline(outcome.heldout)
+        title = f"{self.recipe.name}: loss"
+        metrics.plot(lines, outcome.plot, title, baseline, per=self.material.per)
         outcome.seconds = time.perf_counter() - began
         text = json.dumps(outcome.to_json(), indent=1) + "\n"
         write_atomic(self.run / RESULT, text.encode())
-
-    @staticmethod
-    def _nats(found: HeldOut | None) -> float | None:
-        """The bigram's bits per byte as nats a token."""
-        if found is None or found.bigram is None or found.bits_per_byte is None:
-            return None
-        return found.bigram / found.bits_per_byte * found.loss
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come. The second SIGINT interrupts at once."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        signal.signal(number, old[signal.Signals(number)])
-
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever owns that one decides
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _locked(run: Path, resume: bool, group: Workers) -> Iterator[None]:
-    """The run's folder, made or found as `resume` says, for this session alone."""
-    if not group.first:
-        group.wait()
-        yield
-        return
-    taken = os.path.lexists(run)
-    if resume and not run.is_dir():
-        raise UsageError(
-            "there is no run to resume", where=str(run), do="leave out --resume, or correct -o"
-        )
-    if taken and not resume:
-        raise UsageError(
-            "the run's folder exists",
-            where=str(run),
-            do="train on with --resume, or choose another folder with -o",
-        )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        with (run / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(
-                    "another process trains in this folder",
-                    where=str(run),
-                    do="wait until it is done, or choose another folder with -o",
-                ) from error
-            group.wait()
-            yield
-    except OSError as error:
-        raise EdgertError(
-            f"cannot write: {error.strerror or error}",
-            where=str(error.filename or run),
-            do="check free space and permissions, then train on with --resume",
-        ) from error

@@ -1,8 +1,8 @@
 """The training step, and everything that decides the next one.
 
-Nothing else is random: the sampler and the depth have generators of their own, and the model none.
-So two trainers with equal `snapshot`s take equal steps, bit for bit on one machine with one number
-of threads.
+Nothing is random but what the objective draws, from generators of its own or from counters. So two
+trainers with equal `weights`, `tensors` and `state` take equal steps, bit for bit on one machine
+with one number of threads.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from edgert.errors import BadCheckpoint, Diverged
+from edgert.errors import Diverged
 from edgert.models.importers.common import Problems, shown
-from edgert.models.trainable import Model
-from edgert.train.data import Sampler, rng_state, set_rng_state
+from edgert.models.trainable import Model, fixed
+from edgert.train.kinds import OBJECTIVES, OPTIMIZERS
+from edgert.train.objective import Objective
 from edgert.train.optim import Average, Optimizer, check_state
+from edgert.train.optim_act import AdamATan2
 from edgert.train.recipe import TrainRecipe
-from edgert.train.schedule import Tension, cosine
+from edgert.train.schedule import Tension
 from edgert.train.workers import Workers
 
-SETTLE_FROM = 0.3  # of all steps
 RAW = "weights"  # of an averaged model: what training goes on with
+CARRY = "carry"  # of an objective: what goes from step to step
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,25 @@ class Step:
 
 
 class Trainer:
-    """A model in training. `step` is the number of updates made, and the next one's index."""
+    """A model in training. `step` is the number of updates made, and the next one's index.
 
-    def __init__(self, recipe: TrainRecipe, sampler: Sampler, workers: Workers) -> None:
+    source  what the family's objective draws its batches from
+    """
+
+    def __init__(self, recipe: TrainRecipe, source: Any, workers: Workers) -> None:
         c = self.config = recipe.train
-        self.recipe, self.sampler, self.workers = recipe, sampler, workers
+        self.recipe, self.workers = recipe, workers
         self.model: Model = recipe.family.build(recipe.model)
         self.model.initialize(torch.Generator().manual_seed(c.seed))
-        self.rows = workers.rows(c.batch_size)
-        self.loss = workers.wrap(self.model)
-        self.optimizer = Optimizer(self.model, c)
+        make = OBJECTIVES[recipe.family.kind]
+        self.objective: Objective = make(recipe, self.model, source, workers)
+        self.optimizer: Optimizer | AdamATan2 = OPTIMIZERS[c.optimizer](self.model, c)
+        self.fixed = fixed(self.model)
         self.average = Average(self.model, c.ema) if c.ema else None
         self.tension = (
             Tension(c.tension_beta, c.tension_lo, c.tension_hi) if c.schedule == "tension" else None
         )
-        self.depth_rng = np.random.default_rng((c.seed, 1))
         self.step = 0
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.batch_size * self.config.window * self.config.grad_accum_steps
 
     def advance(self) -> Step:
         """Make one update. Raises Diverged, the weights as they were, if loss or gradient is NaN
@@ -74,12 +74,9 @@ class Trainer:
         self.optimizer.clear()
         total = 0.0
         for i in range(c.grad_accum_steps):
-            x, y = self.sampler.batch(c.batch_size)
-            ids, targets = torch.from_numpy(x[self.rows]), torch.from_numpy(y[self.rows])
-            depth, settle = self._depth(), self._settle()
-            with self.workers.accumulating(self.loss, i + 1 == c.grad_accum_steps):
+            with self.workers.accumulating(self.objective.loss, i + 1 == c.grad_accum_steps):
                 with self._autocast():
-                    loss = self.loss(ids, targets, depth, settle) / c.grad_accum_steps
+                    loss = self.objective.loss_of(self.step, i) / c.grad_accum_steps
                 loss.backward()
             total += loss.item()
         (total,) = self.workers.mean([total])
@@ -88,6 +85,7 @@ class Trainer:
         self._finite("gradient norm", norm)
         lr = self.learning_rate(norm)
         self.optimizer.step(lr)
+        self.objective.update(self.step)
         if self.average is not None:
             self.average.update()
         self.step += 1
@@ -95,24 +93,8 @@ class Trainer:
 
     def learning_rate(self, norm: float) -> float:
         """Of the next update, whose gradient has this norm. Moves the tension's average."""
-        c = self.config
-        base = cosine(
-            self.step,
-            peak=c.learning_rate,
-            floor=c.min_lr_ratio * c.learning_rate,
-            warmup=c.warmup_steps,
-            steps=c.steps,
-        )
+        base = self.objective.rate(self.step, self.config.learning_rate)
         return base if self.tension is None else base * self.tension(norm)
-
-    def _depth(self) -> int:
-        most = self.recipe.model.iterations
-        return int(self.depth_rng.integers(1, most + 1)) if self.config.depth == "random" else most
-
-    def _settle(self) -> float:
-        """Weight of the drift: it comes when the loop has learnt something that it may keep."""
-        done = self.step / max(1, self.config.steps)
-        return self.config.settle * max(0.0, (done - SETTLE_FROM) / (1 - SETTLE_FROM))
 
     def _autocast(self) -> Any:
         if self.config.precision == "fp32":
@@ -128,11 +110,12 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """Published name -> view of the weight to use: its average, if there is one."""
-        return self.optimizer.names if self.average is None else self.average.published()
+        names = self.optimizer.names if self.average is None else self.average.published()
+        return {**names, **self.fixed}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What training needs beside `weights`, by '<kind>.<published name>'."""
-        found = self.optimizer.state()
+        """What training needs beside `weights`, by '<kind>.<name>'. All processes call it."""
+        found = self.optimizer.state() | self.objective.tensors()
         if self.average is not None:
             found |= {f"{RAW}.{name}": view for name, view in self.optimizer.names.items()}
         return found
@@ -142,10 +125,8 @@ class Trainer:
         return {
             "step": self.step,
             "updates": self.optimizer.updates,
-            "sampler": self.sampler.state,
-            "depth": rng_state(self.depth_rng),
             "tension": None if self.tension is None else self.tension.ema,
-        }
+        } | self.objective.state()
 
     @torch.no_grad()
     def restore(
@@ -156,8 +137,14 @@ class Trainer:
         where: str,
     ) -> None:
         """Take back what `weights`, `tensors` and `state` gave. Raises BadCheckpoint."""
-        raw = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith(f"{RAW}.")}
-        rest = {k: v for k, v in tensors.items() if not k.startswith(f"{RAW}.")}
+        kinds: dict[str, dict[str, Tensor]] = {RAW: {}, CARRY: {}, "": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind in kinds:
+                kinds[kind][name] = tensor
+            else:
+                kinds[""][key] = tensor
+        raw = kinds[RAW]
         problems = Problems(where)
         for key in ("step", "updates"):
             if type(state.get(key)) is not int or state[key] < 0:
@@ -167,8 +154,12 @@ class Trainer:
         if not (fits if self.tension is not None else ema is None):
             problems.add(f"tension is {shown(ema)}, the schedule is {self.config.schedule}")
         source = raw if self.average is not None else weights
-        for kind, found in (("weights", source), ("average", weights)):
-            for name, view in self.optimizer.names.items():
+        for kind, found, views in (
+            ("weights", source, self.optimizer.names),
+            ("average", weights, self.optimizer.names),
+            ("weights", weights, self.fixed),
+        ):
+            for name, view in views.items():
                 if name not in found:
                     problems.add(f"{kind}: {name} is missing")
                 elif found[name].shape != view.shape:
@@ -179,16 +170,13 @@ class Trainer:
         check_state(tensors, where)
         for name, view in self.optimizer.names.items():
             view.copy_(source[name])
+        for name, view in self.fixed.items():
+            view.copy_(weights[name])
         if self.average is not None:
             for name, view in self.average.published().items():
                 view.copy_(weights[name])
-        self.optimizer.restore(state["updates"], rest, where)
-        try:
-            self.sampler.restore(state.get("sampler"))
-            set_rng_state(self.depth_rng, state.get("depth"), "depth")
-        except BadCheckpoint as error:
-            error.where = where
-            raise
+        self.optimizer.restore(state["updates"], kinds[""], where)
+        self.objective.restore(kinds[CARRY], state, where)
         if self.tension is not None:
             self.tension.ema = ema
         self.step = state["step"]

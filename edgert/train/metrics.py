@@ -70,10 +70,17 @@ def cut(path: Path, done: int) -> None:
         write_atomic(path, "".join(kept).encode())
 
 
-def plot(lines: list[dict[str, Any]], path: Path, title: str, bigram: float | None = None) -> None:
-    """Loss against steps as a PNG: training, held-out, and the bigram baseline where it is known.
+def plot(
+    lines: list[dict[str, Any]],
+    path: Path,
+    title: str,
+    bigram: float | None = None,
+    per: str = "nats a token",
+) -> None:
+    """Loss against steps as a PNG: training, held-out, and the bigram baseline where it is known;
+    of puzzles, the share of held-out ones that were solved, on an axis of its own.
 
-    bigram  nats a token
+    per  what the losses are of, as the bigram's
     Raises MissingDependency, EdgertError if the disk refuses.
     """
     try:
@@ -102,15 +109,34 @@ def plot(lines: list[dict[str, Any]], path: Path, title: str, bigram: float | No
         if bigram is not None:
             axes.axhline(bigram, color="#666666", linestyle="--", linewidth=1, label="bigram")
         axes.set_xlabel("step")
-        axes.set_ylabel("loss (nats per token)")
+        axes.set_ylabel(f"loss ({per})")
         axes.set_title(title)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        solved = [m for m in lines if m.get("heldout_exact") is not None]
+        if solved:
+            _shares(axes, solved)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False)
+            axes.legend(frameon=False, loc="upper center" if solved else "best")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
     write_atomic(path, buffer.getvalue())
+
+
+def _shares(axes: Any, solved: list[dict[str, Any]]) -> None:
+    """What held-out puzzles say, from 0 to 1, on the right."""
+    right = axes.twinx()
+    steps = [m["step"] for m in solved]
+    for key, style, label in (
+        ("heldout_exact", "o-", "solved, full depth"),
+        ("heldout_exact_early", "s--", "solved, stopping by itself"),
+    ):
+        values = [m.get(key) for m in solved]
+        right.plot(steps, values, style, color="#c2571a", markersize=4, linewidth=1, label=label)
+    right.set_ylim(-0.02, 1.02)
+    right.set_ylabel("share of held-out puzzles")
+    right.spines["top"].set_visible(False)
+    right.legend(frameon=False, loc="lower right")
 
 
 def smooth(values: tuple[float, ...], width: int) -> list[float]:

@@ -48,12 +48,21 @@ class AdamATan2:
 
     No epsilon and no exceptions from decay. It works on the model's own parameters, fused and
     transposed as they are; moments are read and written by published names.
+
+    grad_clip  what `clip` scales gradients to at most; 0: nothing, as published
+    names      published name -> view of the weight, in published order
     """
 
     def __init__(
-        self, model: Named, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.1
+        self,
+        model: Named,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        grad_clip: float = 0.0,
     ) -> None:
         self.model, self.betas, self.weight_decay = model, betas, weight_decay
+        self.grad_clip = grad_clip
+        self.names = model.published(lambda parameter: parameter.detach())
         self.parameters = list(model.parameters())
         self.updates = 0
         self.moments: dict[str, dict[nn.Parameter, Tensor]] = {
@@ -64,6 +73,10 @@ class AdamATan2:
         """Forget the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+    def clip(self) -> float:
+        """Scale gradients to a global L2 norm of `grad_clip` at most; the norm before that."""
+        return clip([p.grad for p in self.parameters if p.grad is not None], self.grad_clip)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -115,6 +128,16 @@ class AdamATan2:
         self.updates = updates
         for key, view in views.items():
             view.copy_(state[key])
+
+
+@torch.no_grad()
+def clip(grads: list[Tensor], most: float) -> float:
+    """Scale gradients in place to a global L2 norm of `most` at most (0: as they are); the norm
+    before that."""
+    norm = float(torch.nn.utils.get_total_norm(grads, foreach=True))
+    if 0 < most < norm:
+        torch._foreach_mul_(grads, most / (norm + 1e-6))
+    return norm
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from edgert.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
 from edgert.train import corpus as corpora
 from edgert.train.corpus import Corpus, Document
 from edgert.train.data import LIMIT, Tokens, open_shard, shard_paths, write_shards
-from edgert.train.recipe import BYTE_OFFSET, BYTES, TrainRecipe
+from edgert.train.recipe import BYTE_OFFSET, BYTES, DataConfig, TrainRecipe
 
 RUN = "run.json"
 DATA = "data"
@@ -72,12 +72,12 @@ def prepare(recipe: TrainRecipe, run: Path, reporter: Reporter) -> None:
     shutil.rmtree(temp, ignore_errors=True)
     shutil.rmtree(run / DATA, ignore_errors=True)
     temp.mkdir()
-    if recipe.data.shards is not None:
+    if _told(recipe).shards is not None:
         tokenizer, json_text, eos = _tokenizer(recipe, None)
         text, record = _from_shards(recipe, tokenizer, eos)
     else:
         corpus = _corpus(recipe)
-        split = corpora.split(corpus, recipe.data.holdout)
+        split = corpora.split(corpus, _told(recipe).holdout)
         if not split.train:
             raise UsageError(
                 "holding out leaves no text to train on", do="give more text, or a smaller holdout"
@@ -116,8 +116,7 @@ def read_run(run: Path) -> dict[str, Any]:
         isinstance(value, dict)
         and value.get("format") == FORMAT
         and value.get("format_version") == VERSION
-        and all(isinstance(value.get(key), dict) for key in ("recipe", "shards", "heldout"))
-        and type(value.get("eos")) is int
+        and isinstance(value.get("recipe"), dict)
     )
     if not sound:
         raise BadFile(f"{RUN} is not one that this version writes", where=str(path))
@@ -127,23 +126,27 @@ def read_run(run: Path) -> dict[str, Any]:
 def open_data(recipe: TrainRecipe, run: Path) -> Prepared:
     """What `prepare` has written, every file compared with its hash. Raises BadFile."""
     record = read_run(run)
+    if not all(isinstance(record.get(key), dict) for key in ("shards", "heldout")) or (
+        type(record.get("eos")) is not int
+    ):
+        raise BadFile(f"{RUN} does not say what the text is", where=str(run / RUN))
     names = record["shards"]
     paths = [path for path in _paths(recipe, run) if path.name in names]
     if {path.name for path in paths} != set(names):
         raise BadFile("shards are missing", where=str(run / RUN))
     for path in paths:
-        _check(path, names[path.name])
-    _check(run / HELDOUT, record["heldout"].get("sha256"))
+        check_file(path, names[path.name])
+    check_file(run / HELDOUT, record["heldout"].get("sha256"))
     text = read_text(run / HELDOUT, corpora.MAX_FILE_BYTES, BadFile)
     json_text, offset = None, record.get("byte_offset")
     tokenizer: Tokenizer = ByteTokenizer(BYTE_OFFSET)
     if record.get("tokenizer") is not None:
         path = run / DATA / TOKENIZER
-        _check(path, record["tokenizer"])
+        check_file(path, record["tokenizer"])
         json_text, offset = read_tokenizer(path, recipe.model.vocab_size), None
         tokenizer = HFTokenizer(json_text.encode(), where=str(path))
     heldout = _encoded(tokenizer, text).astype(np.int64)
-    if recipe.data.holdout and len(heldout) < 2:
+    if _told(recipe).holdout and len(heldout) < 2:
         raise UsageError(
             f"the held-out text has {len(heldout)} tokens, which leaves nothing to predict",
             where=str(run / HELDOUT),
@@ -161,7 +164,8 @@ def open_data(recipe: TrainRecipe, run: Path) -> Prepared:
     )
 
 
-def _check(path: Path, expected: Any) -> None:
+def check_file(path: Path, expected: Any) -> None:
+    """Raises BadFile if the file's SHA-256 is another."""
     if sha256_file(path) != expected:
         raise BadFile(
             "the data is not what this run was started with",
@@ -170,18 +174,23 @@ def _check(path: Path, expected: Any) -> None:
         )
 
 
+def _told(recipe: TrainRecipe) -> DataConfig:
+    assert isinstance(recipe.data, DataConfig)
+    return recipe.data
+
+
 def _paths(recipe: TrainRecipe, run: Path) -> list[Path]:
     """The shards that are trained on."""
-    if recipe.data.shards is None:
+    data = _told(recipe)
+    if data.shards is None:
         return shard_paths(run / DATA)
-    paths = shard_paths(recipe.folder / recipe.data.shards)
-    return paths[:-1] if recipe.data.holdout else paths
+    paths = shard_paths(recipe.folder / data.shards)
+    return paths[:-1] if data.holdout else paths
 
 
 def _corpus(recipe: TrainRecipe) -> Corpus:
-    if recipe.data.path is None:
-        return corpora.builtin()
-    return corpora.from_path(recipe.folder / recipe.data.path)
+    path = _told(recipe).path
+    return corpora.builtin() if path is None else corpora.from_path(recipe.folder / path)
 
 
 def _words(corpus: Corpus) -> str:
@@ -192,7 +201,7 @@ def _words(corpus: Corpus) -> str:
 
 def _from_shards(recipe: TrainRecipe, tokenizer: Tokenizer, eos: int) -> tuple[str, dict[str, Any]]:
     """Check ready shards; the text of the last one, which is held out."""
-    folder = recipe.folder / str(recipe.data.shards)
+    folder = recipe.folder / str(_told(recipe).shards)
     paths = shard_paths(folder)
     for path in paths:
         highest = int(open_shard(path).max())
@@ -203,7 +212,7 @@ def _from_shards(recipe: TrainRecipe, tokenizer: Tokenizer, eos: int) -> tuple[s
                 do="correct model.vocab_size, or the tokenizer",
             )
     text = ""
-    if recipe.data.holdout:
+    if _told(recipe).holdout:
         if len(paths) < 2:
             raise UsageError(
                 "the last shard is held out, and there is only one",
@@ -219,16 +228,17 @@ def _tokenizer(
     recipe: TrainRecipe, train: tuple[Document, ...] | None
 ) -> tuple[Tokenizer, str | None, int]:
     """The tokenizer, its tokenizer.json unless it is plain bytes, and the id that ends a text."""
-    if recipe.data.tokenizer == BYTES:
+    data = _told(recipe)
+    if data.tokenizer == BYTES:
         return ByteTokenizer(BYTE_OFFSET), None, 0
-    if recipe.data.tokenizer is not None:
-        path = recipe.folder / recipe.data.tokenizer
+    if data.tokenizer is not None:
+        path = recipe.folder / data.tokenizer
         text = read_tokenizer(path, recipe.model.vocab_size)
         where = str(path)
     else:
         assert train is not None, "shards come with their tokenizer"
-        text, where = _learn_bpe(recipe.data.bpe, train), "the tokenizer of [data] bpe"
-    return HFTokenizer(text.encode(), where=where), text, _end(text, recipe.data.eos, where)
+        text, where = _learn_bpe(data.bpe, train), "the tokenizer of [data] bpe"
+    return HFTokenizer(text.encode(), where=where), text, _end(text, data.eos, where)
 
 
 def _end(text: str, wanted: str | None, where: str) -> int:

@@ -21,7 +21,7 @@ from edgert.errors import BadCheckpoint
 from edgert.files import write_atomic
 from edgert.models.importers.common import Problems, shown
 from edgert.models.importers.published import HEAD
-from edgert.models.trainable import Model
+from edgert.models.trainable import TextModel as Model
 from edgert.train.optim import MOMENTS, MOMENTUM, Optimizer, decays
 
 

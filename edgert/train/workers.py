@@ -16,18 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from edgert.errors import UsageError
-from edgert.models.trainable import Model
-
-
-class _Loss(nn.Module):
-    """The loss as a module's forward: what DistributedDataParallel wraps."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, targets: Tensor, iterations: int, settle: float) -> Tensor:
-        return self.model.loss(ids, targets, iterations, settle)
 
 
 class Workers:
@@ -50,9 +38,8 @@ class Workers:
         share = batch // self.count
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def wrap(self, model: Model) -> nn.Module:
-        """`model.loss` as a module, whose backward averages gradients over the processes."""
-        loss = _Loss(model)
+    def wrap(self, loss: nn.Module) -> nn.Module:
+        """A module that returns a loss; its backward averages gradients over the processes."""
         if self.count == 1:
             return loss
         # A variant may leave weights unused; looped weights are used often, which DDP copes with.
@@ -71,6 +58,14 @@ class Workers:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return [value / self.count for value in tensor.tolist()]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """This process's rows of a batch [B / count, ...] -> those of all in order [B, ...]."""
+        if self.count == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.count)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -43,6 +43,22 @@ MODEL: dict[str, Any] = {
 }
 
 
+SOLVER: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_heads": 2,
+    "expansion": 1,
+    "H_layers": 1,
+    "L_layers": 1,
+    "H_cycles": 1,
+    "L_cycles": 1,
+    "pos_encodings": "learned",
+    "puzzle_emb_ndim": 16,
+    "halt_max_steps": 3,
+    "halt_exploration_prob": 0.5,
+    "loss": {"loss_type": "softmax_cross_entropy"},
+}
+
+
 def training_recipe(folder: Path) -> Target:
     """A TOML recipe with all its tables."""
     from edgert.train.recipe import read_recipe
@@ -73,6 +89,29 @@ def training_recipe(folder: Path) -> Target:
                 "ema": 0.9,
                 "learning_rate": 0.001,
                 "warmup_steps": 2,
+            },
+        },
+        {
+            "format_version": 1,
+            "name": "tiny",
+            "model": {"family": "hrm", **SOLVER},
+            "data": {
+                "task": "sudoku-4x4",
+                "puzzles": "builtin",
+                "classes": 60,
+                "held_out": 20,
+                "givens": [4, 9],
+                "augment": True,
+                "curriculum": 0.5,
+            },
+            "train": {
+                "steps": 10,
+                "batch_size": 2,
+                "warmup_steps": 2,
+                "gradient": "segment",
+                "lookahead": False,
+                "puzzle_emb_lr": 0.01,
+                "eval_puzzles": 8,
             },
         },
     ]

@@ -1,11 +1,13 @@
 """Checkpoints of `edgert train`: a folder of JSON and safetensors, or a run's newest sound one.
 
     step-00000300/
-      config.json             format, family, published config, tokenizer, SHA-256 of every file
+      config.json             format, family, published config, tokenizer or task, SHA-256 of every
+                              file
       model.safetensors       weights to use, published names, [out, in], float32
-      training.safetensors    what only training needs: moments, and raw weights if averaged
+      training.safetensors    what only training needs: moments, raw weights if averaged, and the
+                              state of a batch that is carried from step to step
       training.json           where training stands: step, random numbers, recipe, versions
-      tokenizer.json          unless the tokenizer is plain bytes
+      tokenizer.json          of a text model, unless the tokenizer is plain bytes
 
 docs/training.md says what each file holds. `sha256` in config.json is that of the rest of it.
 """
@@ -26,7 +28,6 @@ from torch import Tensor
 from edgert.errors import BadCheckpoint, MissingDependency, NewerFormat
 from edgert.models.importers.assets import checked_ids, read_text, read_tokenizer
 from edgert.models.importers.common import (
-    INTERLEAVED,
     MAX_CONTEXT,
     Fields,
     Imported,
@@ -36,7 +37,7 @@ from edgert.models.importers.common import (
     shown,
     slug,
 )
-from edgert.models.trainable import TRAINABLE, Config, Family, Model
+from edgert.models.trainable import TRAINABLE, Config, Family, Model, rotary_order
 
 FORMAT = "edgert-checkpoint"
 VERSION = 1
@@ -50,20 +51,25 @@ MAX_TENSORS = 1 << 17
 
 STEP = re.compile(r"step-(\d{8,18})")
 _REQUIRED = (WEIGHTS, TENSORS, TRAINING)
+_TASK = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What config.json says, checked; `files` maps names to their SHA-256."""
+    """What config.json says, checked; `files` maps names to their SHA-256.
+
+    A text model has `eos` and either `byte_offset` or a tokenizer.json, one that solves has `task`.
+    """
 
     folder: Path
     name: str
     step: int
     family: Family
     config: Config
-    byte_offset: int | None  # None: tokenizer.json
-    eos: int
+    byte_offset: int | None
+    eos: int | None
+    task: str | None
     files: dict[str, str]
 
     def verify(self, name: str) -> Path:
@@ -126,7 +132,7 @@ class Checkpoint:
         return self.family.assemble(self.config, state, Problems(str(where)), size, progress)
 
     def tokenizer_json(self) -> str | None:
-        if self.byte_offset is not None:
+        if TOKENIZER not in self.files:
             return None
         return read_tokenizer(self.verify(TOKENIZER), self.config.vocab_size)
 
@@ -188,12 +194,17 @@ def read_checkpoint(folder: Path, context: int | None = None) -> Checkpoint:
     name = fields.text("name")
     step = fields.integer("step", low=0, high=1 << 60)
     positions = fields.integer("context", high=MAX_CONTEXT)
-    eos = fields.integer("eos", low=0, high=1 << 32)
     family = TRAINABLE.get(fields.text("family") or "")
     if family is None:
         problems.add(f"family is {shown(raw.get('family'))}, known are: {', '.join(TRAINABLE)}")
-    offset = _tokenizer(fields.section("tokenizer"), problems)
-    files = _files(fields.section("files").data, offset is None, problems)
+    offset = eos = task = None
+    reads = family is None or family.kind == "text"
+    if reads:
+        eos = fields.integer("eos", low=0, high=1 << 32)
+        offset = _tokenizer(fields.section("tokenizer"), problems)
+    else:
+        task = _task(fields, problems)
+    files = _files(fields.section("files").data, reads and offset is None, problems)
     problems.check("the checkpoint is wrong")
     assert family is not None
     config, unknown = family.read_config(
@@ -204,8 +215,9 @@ def read_checkpoint(folder: Path, context: int | None = None) -> Checkpoint:
     if offset is not None and offset + 256 > config.vocab_size:
         problems.add(f"bytes from id {offset} on do not fit {config.vocab_size} entries")
     problems.check("the checkpoint is wrong")
-    checked_ids([eos], config.vocab_size, "eos", str(path))
-    return Checkpoint(folder, name or "model", step, family, config, offset, eos, files)
+    if eos is not None:
+        checked_ids([eos], config.vocab_size, "eos", str(path))
+    return Checkpoint(folder, name or "model", step, family, config, offset, eos, task, files)
 
 
 def newest(folder: Path, context: int | None = None) -> tuple[Checkpoint, list[str]]:
@@ -236,24 +248,26 @@ def newest(folder: Path, context: int | None = None) -> tuple[Checkpoint, list[s
 def load(path: Path, *, context: int | None, progress: Progress | None) -> Imported:
     """Read a checkpoint, or the newest sound one of a run. Raises BadCheckpoint, NewerFormat."""
     found, notes = newest(path, context)
+    order = rotary_order(found.config)
     return Imported(
         model=found.model(progress),
         name=slug(found.name, "model"),
         tokenizer_json=found.tokenizer_json(),
         chat_template=None,
         bos=None,
-        eos=(found.eos,),
+        eos=() if found.eos is None else (found.eos,),
         sampling={},
         provenance={
             "source": FORMAT,
             "name": found.name,
             "file": f"{found.folder.resolve().name}/{WEIGHTS}",
             "sha256": found.files[WEIGHTS],
-            "rotary_order": INTERLEAVED,
             "step": found.step,
-        },
+        }
+        | ({} if order is None else {"rotary_order": order}),
         notes=tuple(notes),
         byte_offset=found.byte_offset,
+        task=found.task,
     )
 
 
@@ -278,6 +292,14 @@ def _tokenizer(fields: Fields, problems: Problems) -> int | None:
     if kind != "file" or fields.text("file") != TOKENIZER:
         problems.add(f"tokenizer is {shown(dict(fields.data))}: neither bytes nor {TOKENIZER}")
     return None
+
+
+def _task(fields: Fields, problems: Problems) -> str | None:
+    """The name of what the puzzles are; whoever solves them knows which there are."""
+    task = fields.text("task")
+    if task is None or not _TASK.fullmatch(task):
+        problems.add(f"task is {shown(task)}, not the name of one")
+    return task
 
 
 def _files(given: Mapping[str, Any], tokenizer: bool, problems: Problems) -> dict[str, str]:

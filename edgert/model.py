@@ -19,10 +19,11 @@ from edgert.errors import BadBundle, BadTokenizer, Incompatible, OutOfMemory, Us
 from edgert.files import read_regular
 from edgert.generate import Generation, Stream, check_ids
 from edgert.halting import AUTO, REPORT, parse_halt
+from edgert.puzzles import checked_ids, checked_rows, open_tables
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
 from edgert.session import Prompt, Session
-from edgert.solving import BATCH, Look, Solving, checked_ids, checked_rows, open_tables
+from edgert.solving import BATCH, Look, Solving
 from edgert.spec import Manifest
 from edgert.tasks import Task, find
 from edgert.tokenizer import Tokenizer, load_tokenizer
@@ -141,14 +142,24 @@ class Model:
 
     @property
     def task(self) -> Task:
-        """What its puzzles are. Raises UsageError of a model that says nothing about it."""
+        """What its puzzles are. Raises UsageError of a model that says nothing about it, or names
+        what this version does not know; BadBundle if they have not its size."""
         if self.manifest.task is None:
             raise UsageError(
                 "this bundle does not say what its puzzles are",
                 where=str(self.bundle.root),
                 do="give token ids instead of text",
             )
-        return find(self.manifest.task)
+        task = find(self.manifest.task)
+        cells, vocab = self.manifest.context, self.manifest.vocab_size
+        if (task.seq_len, task.vocab_size) != (cells, vocab):
+            raise BadBundle(
+                f"its puzzles are said to be {task.name}, of {task.seq_len} cells of "
+                f"{task.vocab_size} tokens, and the model has {cells} of {vocab}",
+                where=str(self.bundle.root),
+                do="export it again, with the right --task",
+            )
+        return task
 
     def solving(
         self,

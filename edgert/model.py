@@ -19,6 +19,7 @@ from edgert.errors import BadBundle, BadTokenizer, Incompatible, OutOfMemory, Us
 from edgert.files import read_regular
 from edgert.generate import Generation, Stream, check_ids
 from edgert.halting import AUTO, REPORT, parse_halt
+from edgert.programs import solves_puzzles
 from edgert.puzzles import checked_ids, checked_rows, open_tables
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
@@ -56,6 +57,8 @@ class Model:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text or token ids -> checked token ids."""
+        if self.manifest.solves:
+            raise solves_puzzles(str(self.bundle.root))
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError(
@@ -180,19 +183,7 @@ class Model:
         batch    puzzles in the loop at once; answers do not depend on it
         The rest as `Solving`. Raises UsageError for what this model cannot do.
         """
-        if not self.manifest.solves:
-            raise UsageError(
-                "this model decodes tokens, it does not solve puzzles",
-                where=str(self.bundle.root),
-                do="use generate or stream:  edgert run",
-            )
-        if self.runner.loop is None:
-            raise UsageError(
-                f"variant {self.runner.variant_name} has its loop unrolled, so that no puzzle can "
-                "end before another",
-                where=str(self.bundle.root),
-                do="load a stepped variant: leave variant= out",
-            )
+        self.check_solves()
         if isinstance(puzzles, str):
             puzzles = [puzzles]
         if isinstance(puzzles, Sequence) and puzzles and isinstance(puzzles[0], str):
@@ -211,11 +202,30 @@ class Model:
             logits=logits,
         )
 
+    def check_solves(self) -> None:
+        """Raise UsageError unless this is a model that solves, in a variant that can stop early."""
+        if not self.manifest.solves:
+            raise UsageError(
+                "this model decodes text, it does not solve puzzles",
+                where=str(self.bundle.root),
+                do=f"give it a prompt:  edgert run {self.bundle.root} -p TEXT   (in Python: "
+                "model.generate)",
+            )
+        if self.runner.loop is None:
+            raise UsageError(
+                f"variant {self.runner.variant_name} has its loop unrolled, so that no puzzle can "
+                "end before another",
+                where=str(self.bundle.root),
+                do="load a stepped variant: leave --variant out",
+            )
+
     def solve(self, puzzles: ArrayLike | str | Sequence[str], **options: Any) -> Any:
         """The answer to one puzzle (cells [S], or text), or a list for several. Arguments as
         `solving`."""
         found = self.solving(puzzles, **options).run()
-        return found[0] if np.ndim(puzzles) == 1 or isinstance(puzzles, str) else found
+        texts = isinstance(puzzles, Sequence) and puzzles and isinstance(puzzles[0], str)
+        one = isinstance(puzzles, str) or (not texts and np.ndim(puzzles) == 1)
+        return found[0] if one else found
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Score whole sequences: ids int [B, T] -> logits float32 [B, T, V], every position.

@@ -115,10 +115,12 @@ class Solving:
         self.stopped: str | None = None
         self.notes: tuple[str, ...] = ()
         self.owns_model = False  # closing it closes the model, too
+        self._cancelled = False
         self.waiting = 0  # the first puzzle that has not entered yet
         self.iterations = 0  # of the body so far, whatever the number of rows
         self.graph_ns = 0  # time inside the graph calls
         self._begun = time.perf_counter_ns()
+        self._ended: int | None = None
         self._ends: float | None = None
         self.extend(deadline_ms)
         self._entrance = Entrance(model.runner)
@@ -129,18 +131,23 @@ class Solving:
     @property
     def done(self) -> bool:
         """Whether every puzzle has ended, by itself or at its limit."""
+        return self._finished()
+
+    def _finished(self) -> bool:
         return self.waiting == len(self.ids) and not any(self._seats)
 
     @property
     def spent_ns(self) -> int:
-        """Time since the beginning; without that between saving and resuming."""
-        return time.perf_counter_ns() - self._begun
+        """Time since the beginning, until it was done or stopped; without that left off."""
+        return (self._ended or time.perf_counter_ns()) - self._begun
 
     def extend(self, deadline_ms: float | None = None) -> None:
         """Go on where the work was left off, until a deadline from now on. Raises UsageError."""
         if deadline_ms is not None and not 0 <= deadline_ms < float("inf"):
             raise UsageError(f"a deadline of {deadline_ms} ms is not possible", do="use 0 or more")
-        self.stopped = None
+        if self._ended is not None:
+            self._begun += time.perf_counter_ns() - self._ended
+        self.stopped, self._cancelled, self._ended = None, False, None
         self._ends = None if deadline_ms is None else time.perf_counter() + deadline_ms / 1e3
 
     def __iter__(self) -> Iterator[tuple[int, Solution]]:
@@ -174,9 +181,16 @@ class Solving:
         self.iterations += 1
         found = self._collect(slots)
         self._failed = False
-        if self.on_step is not None and self._show(slots):
+        enough = self.on_step is not None and self._show(slots)
+        if self._finished():  # not the property: it was false above
+            self._ended = time.perf_counter_ns()
+        elif enough or self._cancelled:
             found += self.stop("cancelled")
         return found
+
+    def cancel(self) -> None:
+        """Stop behind the iteration that is running. May be called from any thread."""
+        self._cancelled = True
 
     def check(self) -> None:
         """Raise UsageError if the model is closed, Poisoned if an iteration failed."""
@@ -190,6 +204,8 @@ class Solving:
         The rows stay as they are, for `extend` and `save`. Raises as `step` does.
         """
         self.check()
+        if self.done:
+            return []
         self.stopped = reason
         found = []
         if self._slots is not None:
@@ -199,6 +215,7 @@ class Solving:
         for index in range(self.waiting, len(self.ids)):
             answer = self.answers[index] = Solution(None, 0, reason, seconds)
             found.append((index, answer))
+        self._ended = time.perf_counter_ns()
         return found
 
     def save(
@@ -251,7 +268,8 @@ class Solving:
             self._slots.adopt(at, values, int(seats.steps[at]))
             self._seats[at] = Row(int(seats.index[at]), np.float32(seats.totals[at]))
         self.waiting, self.iterations, self.graph_ns = waiting, iterations, graph_ns
-        self._begun = time.perf_counter_ns() - ns
+        now = time.perf_counter_ns()
+        self._begun, self._ended = now - ns, now if self.done else None
 
     def _late(self) -> bool:
         return self._ends is not None and time.perf_counter() >= self._ends

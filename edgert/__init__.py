@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from edgert.sampler import SamplingParams
     from edgert.session import Session
     from edgert.solving import Look, Solution, Solving
+    from edgert.tracing import TraceStep
 
 _LAZY = {
     "Conversation": "edgert.conversation",
@@ -54,6 +55,7 @@ _LAZY = {
     "Solving": "edgert.solving",
     "Stream": "edgert.generate",
     "Timings": "edgert.generate",
+    "TraceStep": "edgert.tracing",
     "load": "edgert.model",
     "resume": "edgert.resuming",
     "resume_solving": "edgert.resuming",
@@ -86,6 +88,7 @@ __all__ = [
     "Solving",
     "Stream",
     "Timings",
+    "TraceStep",
     "UnsupportedModel",
     "UsageError",
     "WrongKey",

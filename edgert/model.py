@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +28,9 @@ from edgert.solving import BATCH, Look, Solving
 from edgert.spec import Manifest
 from edgert.tasks import Task, find
 from edgert.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from edgert.tracing import TraceStep
 
 MAX_REPORT = 1 << 20
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -232,17 +235,8 @@ class Model:
 
         Raises UsageError (ids), CapacityExceeded (T beyond the context), OutOfMemory.
         """
-        try:
-            array = np.asarray(ids)
-        except Exception as error:  # ragged, or whatever a caller's own type can raise
-            raise UsageError(f"ids must be [batch, tokens]: {error}") from error
-        if array.ndim != 2 or not array.size:
-            raise UsageError(
-                f"ids must be [batch, tokens] and not empty, not of shape {array.shape}"
-            )
-        batch, tokens = array.shape
-        vocab, context = self.manifest.vocab_size, self.manifest.context
-        rows = [np.asarray(check_ids(row, vocab, context), np.int64) for row in array]
+        rows = self._sequences(ids)
+        (batch, tokens), vocab = rows.shape, self.manifest.vocab_size
         try:
             out = np.empty((batch, tokens, vocab), np.float32)
         except (MemoryError, ValueError) as error:
@@ -255,6 +249,34 @@ class Model:
             execution.reset()
             execution.score(row, logits)
         return out
+
+    def _sequences(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """Checked ids int64 [B, T]. Raises UsageError, CapacityExceeded."""
+        try:
+            array = np.asarray(ids)
+        except Exception as error:  # ragged, or whatever a caller's own type can raise
+            raise UsageError(f"ids must be [batch, tokens]: {error}") from error
+        if array.ndim != 2 or not array.size:
+            raise UsageError(
+                f"ids must be [batch, tokens] and not empty, not of shape {array.shape}"
+            )
+        vocab, context = self.manifest.vocab_size, self.manifest.context
+        return np.array([check_ids(row, vocab, context) for row in array], np.int64)
+
+    def trace(
+        self, inputs: ArrayLike, steps: int | None = None, *, number: ArrayLike = 0
+    ) -> list[TraceStep]:
+        """What the loop holds behind each of its first `steps` iterations (None: all of them).
+
+        inputs  cells int [n, S] of a model that solves; ids int [B, T] of one that decodes
+        number  of puzzles in the model's own table, as in `solving`
+        Nothing ends early. Raises UsageError, CapacityExceeded, OutOfMemory.
+        """
+        from edgert.tracing import trace_puzzles, trace_tokens
+
+        if self.manifest.solves:
+            return trace_puzzles(self, inputs, number, steps)
+        return trace_tokens(self, self._sequences(inputs), steps)
 
     def close(self) -> None:
         """Let go of the graphs. Its sessions raise UsageError from then on; `tokens` stay."""

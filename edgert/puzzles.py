@@ -50,6 +50,12 @@ def checked_rows(model: Model, rows: ArrayLike, count: int) -> NDArray[np.int64]
     return array
 
 
+def inputs_of(model: Model, ids: NDArray[np.int32], row: int) -> dict[str, Array]:
+    """What the prologue is given for one puzzle: its cells, and its row of each table."""
+    rows = {name: np.asarray(table[row]) for name, table in model.tables.items()}
+    return {"ids": ids, **rows}
+
+
 def open_tables(bundle: Bundle) -> dict[str, Array]:
     """Input -> its table [rows, ...], mapped from the file: only rows that are used are read.
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from edgert.backends.base import Array
 from edgert.errors import Poisoned, UsageError
 from edgert.exits import Exit
+from edgert.puzzles import inputs_of
 from edgert.slots import Entrance, Slots
 from edgert.solvingfile import Seats, write_solving
 from edgert.vault import key_from
@@ -288,7 +289,8 @@ class Solving:
         for at, row in enumerate(self._seats):
             if row is None and self.waiting < len(self.ids):
                 begun = time.perf_counter_ns()
-                self._entrance.run(self._inputs(self.waiting))
+                at_hand = self.ids[self.waiting], int(self.rows[self.waiting])
+                self._entrance.run(inputs_of(self.model, *at_hand))
                 slots.enter(at, self._entrance)
                 self.graph_ns += time.perf_counter_ns() - begun
                 self._seats[at] = Row(self.waiting)
@@ -306,12 +308,6 @@ class Solving:
                 taken[here] = row
                 here += 1
         self._slots, self._seats = slots, taken
-
-    def _inputs(self, index: int) -> dict[str, Array]:
-        inputs: dict[str, Array] = {"ids": self.ids[index]}
-        for name, table in self.model.tables.items():
-            inputs[name] = np.asarray(table[self.rows[index]])
-        return inputs
 
     def _collect(self, slots: Slots) -> list[tuple[int, Solution]]:
         """The rows that this iteration has ended."""

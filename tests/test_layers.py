@@ -37,7 +37,7 @@ RUN_ZONE = (
     Line("edgert"),
     Line("api bench doctor evaluate halting_report speculate mailbox recipebook", together=True),
     Line("conversation resuming"),
-    Line("model session generate snapshot solving puzzles pausing", together=True),
+    Line("model session generate snapshot solving puzzles pausing tracing", together=True),
     Line("sessionfile solvingfile"),
     Line("sessionstore"),
     Line("runner looping slots", together=True),

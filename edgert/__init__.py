@@ -37,21 +37,28 @@ if TYPE_CHECKING:
     from edgert.conversation import Conversation
     from edgert.generate import Generation, Piece, Stream, Timings
     from edgert.model import Model, load
-    from edgert.resuming import resume
+    from edgert.resuming import resume, resume_solving
     from edgert.sampler import SamplingParams
     from edgert.session import Session
+    from edgert.solving import Look, Solution, Solving
+    from edgert.tracing import TraceStep
 
 _LAZY = {
     "Conversation": "edgert.conversation",
     "Generation": "edgert.generate",
+    "Look": "edgert.solving",
     "Model": "edgert.model",
     "Piece": "edgert.generate",
     "SamplingParams": "edgert.sampler",
     "Session": "edgert.session",
+    "Solution": "edgert.solving",
+    "Solving": "edgert.solving",
     "Stream": "edgert.generate",
     "Timings": "edgert.generate",
+    "TraceStep": "edgert.tracing",
     "load": "edgert.model",
     "resume": "edgert.resuming",
+    "resume_solving": "edgert.resuming",
 }
 
 __all__ = [
@@ -67,6 +74,7 @@ __all__ = [
     "GateFailed",
     "Generation",
     "Incompatible",
+    "Look",
     "MissingDependency",
     "Model",
     "NewerFormat",
@@ -76,14 +84,18 @@ __all__ = [
     "SamplingParams",
     "Session",
     "SessionMismatch",
+    "Solution",
+    "Solving",
     "Stream",
     "Timings",
+    "TraceStep",
     "UnsupportedModel",
     "UsageError",
     "WrongKey",
     "__version__",
     "load",
     "resume",
+    "resume_solving",
 ]
 
 

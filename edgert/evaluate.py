@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from edgert.errors import EdgertError, UsageError
 from edgert.files import read_at_most
 from edgert.generate import check_ids
+from edgert.programs import solves_puzzles
 from edgert.runner import SCORE_CHUNK, Execution
 
 if TYPE_CHECKING:
@@ -194,6 +195,8 @@ def encoded(model: Model, given: str | Sequence[int], limit: int | None) -> NDAr
     if not isinstance(given, str):
         known = check_ids(given, vocab, len(given) if hasattr(given, "__len__") else 0)
         return np.asarray(known, np.int64)[:limit]
+    if model.manifest.solves:
+        raise solves_puzzles(str(model.bundle.root))
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise UsageError(

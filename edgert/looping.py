@@ -8,13 +8,13 @@ handful of calls, and nothing is copied or rebound between them.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.backends.base import Backend, Binding, Buffer
+from edgert.backends.base import Array, Backend, Binding, Buffer
 from edgert.halting import SIGNAL, Halt
 from edgert.spec import GraphSpec, TensorSpec, endpoint_at
 from edgert.state import States, resolve
@@ -61,6 +61,11 @@ class Bound:
         """Where an endpoint is when `done` iterations are over."""
         pair = self.pairs.get(end)
         return self.ends[end] if pair is None else pair[done % 2]
+
+    def held(self, kind: str, done: int) -> dict[str, Array]:
+        """Copies of all values, or of all signals, when `done` iterations are over."""
+        names = [end for end in (*self.pairs, *self.ends) if end.startswith(f"{kind}.")]
+        return {end.partition(".")[2]: self.at(end, done).read() for end in names}
 
     def bind(self, part: str, iteration: int, done: int) -> Binding:
         """The graph of a part when `done` iterations are over."""
@@ -122,6 +127,19 @@ class BoundStep(Bound):
             spent, begun = spent + inside, _clock()
         self._epilogues[done % 2 if self._bodies else 0].run()
         return spent + _clock() - begun
+
+    def trace(self, steps: int) -> Iterator[int]:
+        """Run the step iteration by iteration; behind each, the results are as if it were the last.
+
+        Yields how many are done. Counters do not advance.
+        """
+        if self._prologue is not None:
+            self._prologue.run()
+        for done in range(1, steps + 1):
+            if self._bodies:
+                self._bodies[done - 1].run()
+            self._epilogues[done % 2 if self._bodies else 0].run()
+            yield done
 
     def _single(self, halt: Halt, filled: list[int], taken: NDArray[np.int64]) -> tuple[int, int]:
         """The body until the only row has ended, -> iterations run, nanoseconds in the graphs.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,13 +19,18 @@ from edgert.errors import BadBundle, BadTokenizer, Incompatible, OutOfMemory, Us
 from edgert.files import read_regular
 from edgert.generate import Generation, Stream, check_ids
 from edgert.halting import AUTO, REPORT, parse_halt
+from edgert.programs import solves_puzzles
+from edgert.puzzles import checked_ids, checked_rows, open_tables
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
 from edgert.session import Prompt, Session
-from edgert.solving import BATCH, Look, Solving, checked_ids, checked_rows, open_tables
+from edgert.solving import BATCH, Look, Solving
 from edgert.spec import Manifest
 from edgert.tasks import Task, find
 from edgert.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from edgert.tracing import TraceStep
 
 MAX_REPORT = 1 << 20
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -55,6 +60,8 @@ class Model:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Text or token ids -> checked token ids."""
+        if self.manifest.solves:
+            raise solves_puzzles(str(self.bundle.root))
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError(
@@ -141,14 +148,24 @@ class Model:
 
     @property
     def task(self) -> Task:
-        """What its puzzles are. Raises UsageError of a model that says nothing about it."""
+        """What its puzzles are. Raises UsageError of a model that says nothing about it, or names
+        what this version does not know; BadBundle if they have not its size."""
         if self.manifest.task is None:
             raise UsageError(
                 "this bundle does not say what its puzzles are",
                 where=str(self.bundle.root),
                 do="give token ids instead of text",
             )
-        return find(self.manifest.task)
+        task = find(self.manifest.task)
+        cells, vocab = self.manifest.context, self.manifest.vocab_size
+        if (task.seq_len, task.vocab_size) != (cells, vocab):
+            raise BadBundle(
+                f"its puzzles are said to be {task.name}, of {task.seq_len} cells of "
+                f"{task.vocab_size} tokens, and the model has {cells} of {vocab}",
+                where=str(self.bundle.root),
+                do="export it again, with the right --task",
+            )
+        return task
 
     def solving(
         self,
@@ -169,19 +186,7 @@ class Model:
         batch    puzzles in the loop at once; answers do not depend on it
         The rest as `Solving`. Raises UsageError for what this model cannot do.
         """
-        if not self.manifest.solves:
-            raise UsageError(
-                "this model decodes tokens, it does not solve puzzles",
-                where=str(self.bundle.root),
-                do="use generate or stream:  edgert run",
-            )
-        if self.runner.loop is None:
-            raise UsageError(
-                f"variant {self.runner.variant_name} has its loop unrolled, so that no puzzle can "
-                "end before another",
-                where=str(self.bundle.root),
-                do="load a stepped variant: leave variant= out",
-            )
+        self.check_solves()
         if isinstance(puzzles, str):
             puzzles = [puzzles]
         if isinstance(puzzles, Sequence) and puzzles and isinstance(puzzles[0], str):
@@ -200,28 +205,38 @@ class Model:
             logits=logits,
         )
 
+    def check_solves(self) -> None:
+        """Raise UsageError unless this is a model that solves, in a variant that can stop early."""
+        if not self.manifest.solves:
+            raise UsageError(
+                "this model decodes text, it does not solve puzzles",
+                where=str(self.bundle.root),
+                do=f"give it a prompt:  edgert run {self.bundle.root} -p TEXT   (in Python: "
+                "model.generate)",
+            )
+        if self.runner.loop is None:
+            raise UsageError(
+                f"variant {self.runner.variant_name} has its loop unrolled, so that no puzzle can "
+                "end before another",
+                where=str(self.bundle.root),
+                do="load a stepped variant: leave --variant out",
+            )
+
     def solve(self, puzzles: ArrayLike | str | Sequence[str], **options: Any) -> Any:
         """The answer to one puzzle (cells [S], or text), or a list for several. Arguments as
         `solving`."""
         found = self.solving(puzzles, **options).run()
-        return found[0] if np.ndim(puzzles) == 1 or isinstance(puzzles, str) else found
+        texts = isinstance(puzzles, Sequence) and puzzles and isinstance(puzzles[0], str)
+        one = isinstance(puzzles, str) or (not texts and np.ndim(puzzles) == 1)
+        return found[0] if one else found
 
     def logits(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Score whole sequences: ids int [B, T] -> logits float32 [B, T, V], every position.
 
         Raises UsageError (ids), CapacityExceeded (T beyond the context), OutOfMemory.
         """
-        try:
-            array = np.asarray(ids)
-        except Exception as error:  # ragged, or whatever a caller's own type can raise
-            raise UsageError(f"ids must be [batch, tokens]: {error}") from error
-        if array.ndim != 2 or not array.size:
-            raise UsageError(
-                f"ids must be [batch, tokens] and not empty, not of shape {array.shape}"
-            )
-        batch, tokens = array.shape
-        vocab, context = self.manifest.vocab_size, self.manifest.context
-        rows = [np.asarray(check_ids(row, vocab, context), np.int64) for row in array]
+        rows = self._sequences(ids)
+        (batch, tokens), vocab = rows.shape, self.manifest.vocab_size
         try:
             out = np.empty((batch, tokens, vocab), np.float32)
         except (MemoryError, ValueError) as error:
@@ -234,6 +249,34 @@ class Model:
             execution.reset()
             execution.score(row, logits)
         return out
+
+    def _sequences(self, ids: ArrayLike) -> NDArray[np.int64]:
+        """Checked ids int64 [B, T]. Raises UsageError, CapacityExceeded."""
+        try:
+            array = np.asarray(ids)
+        except Exception as error:  # ragged, or whatever a caller's own type can raise
+            raise UsageError(f"ids must be [batch, tokens]: {error}") from error
+        if array.ndim != 2 or not array.size:
+            raise UsageError(
+                f"ids must be [batch, tokens] and not empty, not of shape {array.shape}"
+            )
+        vocab, context = self.manifest.vocab_size, self.manifest.context
+        return np.array([check_ids(row, vocab, context) for row in array], np.int64)
+
+    def trace(
+        self, inputs: ArrayLike, steps: int | None = None, *, number: ArrayLike = 0
+    ) -> list[TraceStep]:
+        """What the loop holds behind each of its first `steps` iterations (None: all of them).
+
+        inputs  cells int [n, S] of a model that solves; ids int [B, T] of one that decodes
+        number  of puzzles in the model's own table, as in `solving`
+        Nothing ends early. Raises UsageError, CapacityExceeded, OutOfMemory.
+        """
+        from edgert.tracing import trace_puzzles, trace_tokens
+
+        if self.manifest.solves:
+            return trace_puzzles(self, inputs, number, steps)
+        return trace_tokens(self, self._sequences(inputs), steps)
 
     def close(self) -> None:
         """Let go of the graphs. Its sessions raise UsageError from then on; `tokens` stay."""

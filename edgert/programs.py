@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgert.errors import UnsupportedModel
+from edgert.errors import UnsupportedModel, UsageError
 from edgert.spec import DECODER_INPUTS, Manifest, TensorSpec, decoder_results
 
 
@@ -15,6 +15,15 @@ def check_program(manifest: Manifest, where: str) -> None:
             where=where,
             do="install a newer edgert",
         )
+
+
+def solves_puzzles(where: str) -> UsageError:
+    """What to say where somebody wants text of a model that solves; `where` is its bundle."""
+    return UsageError(
+        "this model solves puzzles, it does not decode text",
+        where=where,
+        do=f"give it a puzzle:  edgert solve {where} PUZZLE   (in Python: model.solve)",
+    )
 
 
 def _solver_problems(manifest: Manifest) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ from edgert.bundle import read_manifest
 from edgert.errors import SessionMismatch, UsageError
 from edgert.files import MANIFEST
 from edgert.model import Model, load
+from edgert.pausing import restore
 from edgert.session import Session
 from edgert.sessionfile import SavedSession, read_session
+from edgert.solving import Look, Solving
+from edgert.solvingfile import SavedSolving, read_solving
 from edgert.vault import key_from
 
 OWN_CHOICE = ("precision", "lowering", "variant")
@@ -43,9 +48,55 @@ def resume(
     where = Path(path)
     saved = read_session(where, key_from(passphrase, key_file))
     if model is not None:
-        if bundle is not None or options:
-            raise UsageError("a model is given, so it is not loaded with other arguments")
+        _refuse_options(bundle, options)
         return Session.restore(model, saved, str(where))
+    with _loaded(where, saved, bundle, options) as loaded:
+        session = Session.restore(loaded, saved, str(where))
+    session.owns_model = True
+    return session
+
+
+def resume_solving(
+    path: str | os.PathLike[str],
+    model: Model | None = None,
+    *,
+    deadline_ms: float | None = None,
+    on_step: Callable[[Look], object] | None = None,
+    bundle: str | os.PathLike[str] | None = None,
+    passphrase: str | None = None,
+    key_file: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Solving:
+    """What `Solving.save` wrote: the puzzles go on where they were, by the same policy.
+
+    deadline_ms, on_step  as `Model.solving` takes them, from now on
+    The rest, and what is raised, as in `resume`; so is the promise that it goes on bitwise.
+    """
+    where = Path(path)
+    saved = read_solving(where, key_from(passphrase, key_file))
+    more: dict[str, Any] = {"deadline_ms": deadline_ms, "on_step": on_step}
+    if model is not None:
+        _refuse_options(bundle, options)
+        return restore(model, saved, str(where), **more)
+    with _loaded(where, saved, bundle, options) as loaded:
+        solving = restore(loaded, saved, str(where), **more)
+    solving.owns_model = True
+    return solving
+
+
+def _refuse_options(bundle: str | os.PathLike[str] | None, options: dict[str, Any]) -> None:
+    if bundle is not None or options:
+        raise UsageError("a model is given, so it is not loaded with other arguments")
+
+
+@contextmanager
+def _loaded(
+    where: Path,
+    saved: SavedSession | SavedSolving,
+    bundle: str | os.PathLike[str] | None,
+    options: dict[str, Any],
+) -> Iterator[Model]:
+    """The model that a file belongs to, which is closed if what is done with it fails."""
     refused = [name for name in OWN_CHOICE if options.get(name) is not None]
     if refused:
         raise UsageError(
@@ -55,16 +106,14 @@ def resume(
     root, variant, nbytes = find_bundle(where, saved, bundle)
     loaded = load(root, **_as_it_was(saved, variant, nbytes, options))
     try:
-        session = Session.restore(loaded, saved, str(where))
+        yield loaded
     except BaseException:
         loaded.close()
         raise
-    session.owns_model = True
-    return session
 
 
 def find_bundle(
-    path: Path, saved: SavedSession, bundle: str | os.PathLike[str] | None = None
+    path: Path, saved: SavedSession | SavedSolving, bundle: str | os.PathLike[str] | None = None
 ) -> tuple[Path, str, int]:
     """The directory of a session's bundle, `bundle` or where the session says it was; the session's
     variant in it, and the bytes of its files.
@@ -93,15 +142,16 @@ def find_bundle(
             where=f"{own}; {seen[0]}",
             do="resume it with the bundle it was saved with, or start a new session",
         )
+    verb = "solve" if isinstance(saved, SavedSolving) else "run"
     raise SessionMismatch(
         "the session's bundle is not where it was",
         where=f"{own} at {hint.path or 'a place that is not recorded'}",
-        do=f"say where it is now:  edgert run BUNDLE --session {path}",
+        do=f"say where it is now:  edgert {verb} BUNDLE --session {path}",
     )
 
 
 def _as_it_was(
-    saved: SavedSession, variant: str, nbytes: int, options: dict[str, Any]
+    saved: SavedSession | SavedSolving, variant: str, nbytes: int, options: dict[str, Any]
 ) -> dict[str, Any]:
     """The arguments of `load`: what the session needs, and, unless given, what it had."""
     from edgert.backends.ort import default_threads

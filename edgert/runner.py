@@ -20,7 +20,7 @@ from edgert.errors import EdgertError, Poisoned, UsageError
 from edgert.exits import TRAINED, Exit, parse_exit
 from edgert.halting import MOST, SIGNAL, Halt
 from edgert.looping import BoundStep, buffers
-from edgert.programs import check_program
+from edgert.programs import check_program, solves_puzzles
 from edgert.spec import endpoints
 from edgert.state import States, bucket
 
@@ -128,11 +128,7 @@ class Runner:
         """
         self.check_open()
         if self.manifest.solves:
-            raise UsageError(
-                "this model solves puzzles, it does not decode tokens",
-                where=str(self.root),
-                do="use model.solve",
-            )
+            raise solves_puzzles(str(self.root))
         capacity = bucket(tokens, self.manifest.context)
         states = States(
             self.manifest.states, self.backend, batch=batch, capacity=capacity, root=self.root

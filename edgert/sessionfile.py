@@ -7,10 +7,7 @@ model is `Session.restore`'s question, and where the model is, `edgert.resume`'s
 from __future__ import annotations
 
 import json
-import os
-import re
-import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,37 +15,35 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import BadBundle, BadSession, EdgertError, NewerFormat, OutOfMemory, UsageError
-from edgert.files import without_waiting, write_atomic
+from edgert.errors import BadBundle, BadSession, EdgertError, UsageError
 from edgert.sampler import SamplingParams
-from edgert.tensors import Array, Sealed, Unsound, check_seal, read_sealed, sealed_chunks
-from edgert.vault import Key, is_locked, lock, unlock
+from edgert.sessionstore import (
+    COMMON,
+    MAX_DATA_DEPTH,
+    SESSION,
+    BundleHint,
+    Check,
+    Stored,
+    bundle_hint,
+    count,
+    is_object,
+    nests,
+    or_none,
+    read_stored,
+    record,
+    unsound,
+    write_stored,
+)
+from edgert.tensors import Array, Unsound
+from edgert.vault import Key
 
-FORMAT_VERSION = 1
-MAX_FILE_BYTES = 8 << 30
 MAX_DATA_BYTES = 1 << 20
-MAX_DATA_DEPTH = 64
-MAX_TEXT_BYTES = 4 << 20  # all of the header but the list of tensors
 MAX_TOKENS = 1 << 24
-_START = b'{"__metadata__":{"edgert":"session",'
-_VERSION = re.compile(rb'"format_version":"([0-9]{1,6})"')
 _AGAIN = "take an older copy, or start a new session"
 
 _LATER = {"halt"}  # settings that the first version of the format did not have
 
 FINISH_REASONS = ("stop", "length", "deadline", "cancelled")
-
-
-@dataclass(frozen=True)
-class BundleHint:
-    """Which variant of which bundle the state belongs to, and where that bundle was last seen."""
-
-    name: str
-    model_id: str
-    variant: str
-    variant_id: str
-    path: str | None
-    relative: str | None  # seen from the session file's folder
 
 
 @dataclass(frozen=True)
@@ -98,35 +93,16 @@ def write_session(path: Path, saved: SavedSession, key: Key | None = None) -> in
     Raises UsageError (data that is not JSON; data or settings too large), EdgertError (the
     system's reason: the old file stays), MissingDependency (a key without the `crypto` extra).
     """
-    texts = {
-        "edgert": "session",
-        "format_version": str(FORMAT_VERSION),
-        "session": json.dumps(_header(saved), separators=(",", ":"), allow_nan=False),
-    }
-    if len(texts["session"]) > MAX_TEXT_BYTES:
-        raise UsageError(
-            f"the session's settings and data take {len(texts['session']):,} bytes, "
-            f"{MAX_TEXT_BYTES:,} are allowed",
-            do="bias fewer tokens (logit_bias), or keep less in session.data",
-        )
     arrays: dict[str, Array] = {"tokens": saved.tokens}
     arrays |= {f"state.{name}": array for name, array in saved.states.items()}
     if saved.pending is not None:
         arrays["pending.logits"] = saved.pending[0]
-    chunks = sealed_chunks(texts, arrays)
-    size = 0
-
-    def write(file: Any) -> None:
-        nonlocal size
-        for chunk in chunks:
-            size += file.write(chunk)
-
-    if key is None:
-        write_atomic(path, write, mode=0o600)
-        return size
-    locked = lock(b"".join(chunks), key)
-    write_atomic(path, locked, mode=0o600)
-    return len(locked)
+    return write_stored(
+        path,
+        Stored(SESSION, _header(saved), arrays),
+        key,
+        "bias fewer tokens (logit_bias), or keep less in session.data",
+    )
 
 
 def read_session(path: Path, key: Key | None = None) -> SavedSession:
@@ -135,57 +111,22 @@ def read_session(path: Path, key: Key | None = None) -> SavedSession:
     Raises BadSession (not a session, damaged, cut off, senseless), NewerFormat, WrongKey,
     MissingDependency (encrypted, and no `crypto` extra), OutOfMemory.
     """
+    stored = read_stored(path, key, _AGAIN)
+    if stored.kind != SESSION:
+        raise BadSession(
+            "the file holds puzzles that are being solved, no sequence of tokens",
+            where=str(path),
+            do=f"go on with it:  edgert solve --session {path}",
+        )
+    return saved_session(stored, path)
+
+
+def saved_session(stored: Stored, path: Path) -> SavedSession:
+    """What a file of this kind holds. Raises BadSession."""
     try:
-        data = _read_whole(path)
-        if is_locked(data):
-            data = unlock(data, key, str(path))
-        elif key is not None:
-            raise UsageError(
-                "the session is not encrypted, and a key is given",
-                where=str(path),
-                do="leave the key out",
-            )
-        if data[8 : 8 + len(_START)] != _START:
-            raise Unsound("it does not begin as a session file does")
-        version = _VERSION.match(data, 8 + len(_START))
-        if version and int(version[1]) > FORMAT_VERSION:
-            check_seal(data)  # the rest may be what only a newer edgert understands
-            raise NewerFormat(
-                f"the session was saved by a newer edgert: format version {int(version[1])}, this "
-                f"one reads up to {FORMAT_VERSION}",
-                where=str(path),
-                do="pip install --upgrade edgert",
-            )
-        return _saved(read_sealed(data))
+        return _saved(stored)
     except Unsound as error:
-        raise BadSession(f"not a sound session file: {error}", where=str(path), do=_AGAIN) from None
-    except MemoryError as error:
-        raise OutOfMemory(
-            "the session does not fit in memory", where=str(path), do="free memory, then try again"
-        ) from error
-
-
-def _read_whole(path: Path) -> bytes:
-    try:
-        with open(path, "rb", opener=without_waiting) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise BadSession("a session is a regular file, and this is not", where=str(path))
-            if found.st_size > MAX_FILE_BYTES:
-                raise Unsound(f"it has {found.st_size:,} bytes, {MAX_FILE_BYTES:,} are allowed")
-            start = file.read(8 + len(_START))
-            if not (is_locked(start) or start[8:] == _START):  # before reading gigabytes of it
-                raise Unsound("it does not begin as a session file does")
-            file.seek(0)
-            return file.read(found.st_size)
-    except FileNotFoundError:
-        raise BadSession(
-            "there is no such session file", where=str(path), do="check the path"
-        ) from None
-    except OSError as error:
-        raise BadSession(
-            f"the session cannot be read: {error.strerror}", where=str(path)
-        ) from error
+        raise unsound(str(error), path, _AGAIN) from None
 
 
 def checked_data(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +136,7 @@ def checked_data(data: Mapping[str, Any]) -> dict[str, Any]:
         back = json.loads(text)
         if not isinstance(data, dict) or len(text) > MAX_DATA_BYTES:
             raise ValueError(f"a dict of at most {MAX_DATA_BYTES:,} bytes of JSON is wanted")
-        if _nests(back, MAX_DATA_DEPTH):
+        if nests(back, MAX_DATA_DEPTH):
             raise ValueError(f"it nests deeper than {MAX_DATA_DEPTH}")
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
@@ -203,15 +144,6 @@ def checked_data(data: Mapping[str, Any]) -> dict[str, Any]:
             do="keep in session.data only what JSON can hold",
         ) from error
     return dict(back)
-
-
-def _nests(value: Any, most: int) -> bool:
-    """Whether lists and objects lie in each other more than `most` deep."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return False
-    return most == 0 or any(_nests(part, most - 1) for part in value)
 
 
 def _header(saved: SavedSession) -> dict[str, Any]:
@@ -242,21 +174,9 @@ def _params(params: SamplingParams) -> dict[str, Any]:
     return {k: v for k, v in asdict(params).items() if k not in _LATER or v is not None}
 
 
-def _saved(sealed: Sealed) -> SavedSession:
-    if sealed.texts.keys() != {"edgert", "format_version", "session"}:
-        raise Unsound("its header has other parts than edgert writes")
-    if sealed.texts["format_version"] != str(FORMAT_VERSION):
-        raise Unsound(f"format_version is {ascii(sealed.texts['format_version'])[:40]}")
-    try:
-        header = json.loads(sealed.texts["session"])
-        if json.dumps(header, separators=(",", ":"), allow_nan=False) != sealed.texts["session"]:
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise Unsound("its header is not JSON as edgert writes it") from None
-    if _nests(header, MAX_DATA_DEPTH + 1):
-        raise Unsound(f"its header nests deeper than {MAX_DATA_DEPTH}")
-    got = _record("session", header, _HEADER)
-    arrays = dict(sealed.arrays)
+def _saved(stored: Stored) -> SavedSession:
+    got = record("session", stored.header, _HEADER)
+    arrays = dict(stored.arrays)
     tokens: Any = arrays.pop("tokens", np.zeros(0))
     if tokens.dtype != np.int64 or tokens.ndim != 1 or tokens.size > MAX_TOKENS:
         raise Unsound(f"its tokens are {tokens.dtype} of shape {tokens.shape}")
@@ -269,7 +189,7 @@ def _saved(sealed: Sealed) -> SavedSession:
     if strays:
         raise Unsound(f"tensor {ascii(strays[0])} is unknown")
     return SavedSession(
-        bundle=BundleHint(**_record("bundle", got["bundle"], _BUNDLE)),
+        bundle=bundle_hint(got["bundle"]),
         tokens=tokens,
         states={name.removeprefix("state."): array for name, array in arrays.items()},
         capacity=got["capacity"],
@@ -285,7 +205,7 @@ def _saved(sealed: Sealed) -> SavedSession:
 
 
 def _request(value: Any, tokens: int) -> Request:
-    got = _record("request", value, _REQUEST)
+    got = record("request", value, _REQUEST)
     names = {known.name for known in fields(SamplingParams)}
     first = names - _LATER
     if not first <= got["params"].keys() <= names or got["params"]["seed"] is None:
@@ -299,76 +219,17 @@ def _request(value: Any, tokens: int) -> Request:
     return Request(params, got["start"], got["end"], got["finish_reason"])
 
 
-Check = Callable[[Any], bool]
-
-
-def _record(where: str, value: Any, keys: Mapping[str, Check]) -> dict[str, Any]:
-    """An object with exactly these keys, each passing its check; Unsound naming all that do not."""
-    if not isinstance(value, dict):
-        raise Unsound(f"{where} is not an object")
-    wrong = [f"{where}.{ascii(key)[1:-1][:40]} is unknown" for key in value if key not in keys]
-    for key, check in keys.items():
-        if key not in value:
-            wrong.append(f"{where}.{key} is missing")
-        elif not check(value[key]):
-            wrong.append(f"{where}.{key} cannot be {ascii(value[key])[:40]}")
-    if wrong:
-        raise Unsound("; ".join(wrong[:8]))
-    return value
-
-
-def _line(most: int) -> Check:
-    return lambda value: isinstance(value, str) and len(value) <= most and value.isprintable()
-
-
-def _count(limit: int) -> Check:
-    return lambda value: type(value) is int and 0 <= value < limit
-
-
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
-
-
-def _is_place(value: Any) -> bool:
-    short = _line(200)
-    return (
-        isinstance(value, dict)
-        and len(value) <= 32
-        and all(short(key) and short(text) for key, text in value.items())
-    )
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-_HEADER: dict[str, Check] = {
-    "written_by": _line(100),
-    "created": _line(40),
-    "bundle": _is_object,
-    "place": _is_place,
+_HEADER: dict[str, Check] = COMMON | {
     "capacity": lambda value: type(value) is int and 1 <= value <= MAX_TOKENS,
-    "stream": _count(2**64),
-    "forks": _count(2**53),
-    "pending": _or_none(_count(2**31)),
-    "request": _or_none(_is_object),
-    "data": _is_object,
-}
-_BUNDLE: dict[str, Check] = {
-    "name": _line(64),
-    "model_id": _is_id,
-    "variant": _line(64),
-    "variant_id": _is_id,
-    "path": _or_none(_line(4096)),
-    "relative": _or_none(_line(4096)),
+    "stream": count(2**64),
+    "forks": count(2**53),
+    "pending": or_none(count(2**31)),
+    "request": or_none(is_object),
+    "data": is_object,
 }
 _REQUEST: dict[str, Check] = {
-    "params": _is_object,
-    "start": _count(MAX_TOKENS),
-    "end": _count(2**33),
+    "params": is_object,
+    "start": count(MAX_TOKENS),
+    "end": count(2**33),
     "finish_reason": lambda value: value is None or value in FINISH_REASONS,
 }

@@ -7,14 +7,17 @@ backend's buffers: a row is moved from buffer to buffer, never through Python.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.backends.base import Array, Binding
+from edgert.errors import OutOfMemory
 from edgert.looping import Bound, buffers
 from edgert.runner import Runner
+from edgert.state import resolve
 
 STEPS = "loop.steps"
 
@@ -42,6 +45,8 @@ class Slots(Bound):
     """
 
     def __init__(self, runner: Runner, batch: int) -> None:
+        """Raises OutOfMemory, before anything is allocated if it is plain that it does not fit."""
+        _check_memory(runner, batch)
         axes = {"batch": batch}
         steps = runner.backend.allocate("int64", (batch,))
         self.outcomes = buffers(runner.backend, runner.manifest.results, axes)
@@ -58,6 +63,11 @@ class Slots(Bound):
         self._turn = 0  # which buffer of each pair is the newest
         # Rows that leave behind a value which the body only reads, such as the input, included.
         self._values = [end for end in (*self.pairs, *self.ends) if end.startswith("value.")]
+
+    def rest(self, rows: Iterable[int]) -> None:
+        """Rows without a puzzle stay at iteration 0: further on, a body that counts has no more."""
+        for row in rows:
+            self.steps[row] = 0
 
     def advance(self) -> None:
         """One iteration of every row."""
@@ -101,6 +111,24 @@ class Slots(Bound):
         for end in self._values:
             self.at(end, self._turn).row(row).write(values[end.removeprefix("value.")][None])
         self.steps[row] = steps
+
+
+def _check_memory(runner: Runner, batch: int) -> None:
+    """Refuse what is larger than all free memory: zeroed pages cost nothing until they are used,
+    and then the system ends the process."""
+    import psutil
+
+    specs = [*runner.manifest.results.values()]
+    specs += [*runner.loop.values.values()] * 2 if runner.loop else []
+    sizes = [(np.dtype(spec.dtype).itemsize, resolve(spec.shape[1:], {})) for spec in specs]
+    needed = batch * sum(size * math.prod(shape) for size, shape in sizes)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise OutOfMemory(
+            f"{batch:,} puzzles in the loop at once take {needed / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free",
+            do="put fewer into the loop: a smaller batch",
+        )
 
 
 class Whole(Bound):

@@ -12,7 +12,8 @@ import numpy as np
 
 from edgert._version import __version__
 from edgert.errors import BadSession, SessionMismatch
-from edgert.sessionfile import BundleHint, SavedSession, checked_data
+from edgert.sessionfile import SavedSession, checked_data
+from edgert.sessionstore import BundleHint
 from edgert.state import rows_in
 
 if TYPE_CHECKING:
@@ -30,16 +31,8 @@ def snapshot(session: Session, path: Path | None = None) -> SavedSession:
     pending = None
     if last is not None and int(execution.lens[0]) == len(session.tokens):
         pending = (last.logits[0, -1].copy(), int(last.token[0, -1]))
-    root = os.path.realpath(model.bundle.root)
     return SavedSession(
-        bundle=BundleHint(
-            name=model.manifest.name,
-            model_id=model.manifest.model_id,
-            variant=runner.variant_name,
-            variant_id=runner.variant.variant_id,
-            path=_plain(root),
-            relative=_plain(os.path.relpath(root, os.path.realpath(path.parent))) if path else None,
-        ),
+        bundle=hint(model, path),
         tokens=np.asarray(session.tokens, np.int64),
         states=execution.states.export(),
         capacity=execution.states.capacity,
@@ -49,8 +42,26 @@ def snapshot(session: Session, path: Path | None = None) -> SavedSession:
         forks=session.forks,
         place=dict(runner.backend.build),
         data=checked_data(session.data),
-        written_by=f"edgert {__version__}",
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **mark(),
+    )
+
+
+def mark() -> dict[str, str]:
+    """Who writes a file, and when."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"written_by": f"edgert {__version__}", "created": now}
+
+
+def hint(model: Model, path: Path | None) -> BundleHint:
+    """What a file says about the bundle it belongs to; `path` is where the file will be."""
+    root = os.path.realpath(model.bundle.root)
+    return BundleHint(
+        name=model.manifest.name,
+        model_id=model.manifest.model_id,
+        variant=model.runner.variant_name,
+        variant_id=model.runner.variant.variant_id,
+        path=_plain(root),
+        relative=_plain(os.path.relpath(root, os.path.realpath(path.parent))) if path else None,
     )
 
 
@@ -64,14 +75,13 @@ def adopt(session: Session, saved: SavedSession) -> None:
     session.data = copy.deepcopy(saved.data)
     session.request = saved.request
     session.stream_id, session.forks = saved.stream, saved.forks
-    session.notes = _differences(saved.place, session.model.runner.backend.build)
+    session.notes = differences(saved.place, session.model.runner.backend.build)
 
 
 def check_fits(model: Model, saved: SavedSession, where: str) -> None:
     """Raise SessionMismatch if the session is another variant's, BadSession if its numbers cannot
     be this model's; before any memory is allocated for it."""
-    if saved.bundle.variant_id != model.runner.variant.variant_id:
-        raise _mismatch(model, saved, where)
+    check_variant(model, saved.bundle, where)
     count, vocab, context = saved.tokens.size, model.manifest.vocab_size, model.manifest.context
     try:
         rows = rows_in(model.manifest.states, saved.states)
@@ -90,6 +100,12 @@ def check_fits(model: Model, saved: SavedSession, where: str) -> None:
     raise not_of_this_model(wrong, where)
 
 
+def check_variant(model: Model, hint: BundleHint, where: str) -> None:
+    """Raise SessionMismatch if a file belongs to another variant than the one that is loaded."""
+    if hint.variant_id != model.runner.variant.variant_id:
+        raise _mismatch(model, hint, where)
+
+
 def not_of_this_model(wrong: str, where: str) -> BadSession:
     return BadSession(
         f"the session is not one of this model: {wrong}",
@@ -103,7 +119,7 @@ def _plain(path: str) -> str | None:
     return path if path.isprintable() and len(path) <= 4096 else None
 
 
-def _differences(then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
+def differences(then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
     """What decides the bits of a result and is not as it was, in words."""
     return tuple(
         f"{key} {then.get(key, 'unknown')} → {now.get(key, 'unknown')}"
@@ -112,8 +128,8 @@ def _differences(then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
     )
 
 
-def _mismatch(model: Model, saved: SavedSession, where: str) -> SessionMismatch:
-    hint, runner = saved.bundle, model.runner
+def _mismatch(model: Model, hint: BundleHint, where: str) -> SessionMismatch:
+    runner = model.runner
     variants = model.manifest.variants
     fits = next((n for n, v in variants.items() if v.variant_id == hint.variant_id), None)
     if fits is not None:

@@ -1,4 +1,4 @@
-"""The directory in which a bundle is made: beside its place, locked, and gone afterwards."""
+"""The directory in which a bundle or a data set is made: beside its place, gone afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIX = ".export"
 
 
 @contextmanager
-def workshop(out: Path) -> Iterator[Path]:
+def workshop(out: Path, what: str = "bundle") -> Iterator[Path]:
     """An empty directory `.<name>.<random>.export` beside `out`, removed at the end.
 
     It is locked while it is in use: one that a killed export left behind is not, and goes too.
@@ -36,7 +36,7 @@ def workshop(out: Path) -> Iterator[Path]:
             os.close(lock)
     except OSError as error:
         raise EdgertError(
-            f"cannot write the bundle: {error.strerror or error}",
+            f"cannot write the {what}: {error.strerror or error}",
             where=str(error.filename or out),
             do="check free space and permissions there, or choose another output",
         ) from error

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import click
 
-from edgert.cli import halt, health, make, measure, sessions, talk, train, use
+from edgert.cli import halt, health, make, measure, sessions, solve, talk, train, use
 from edgert.errors import EdgertError, OutOfMemory, UsageError
 
 INTERRUPTED = 130
@@ -48,6 +48,7 @@ for command in (
     make.export,
     talk.run,
     talk.chat,
+    solve.solve,
     sessions.session,
     use.inspect,
     use.verify,

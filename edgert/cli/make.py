@@ -44,6 +44,26 @@ if TYPE_CHECKING:
 )
 @option("--name", metavar="NAME", help="Name of the model in the bundle.")
 @option(
+    "--task",
+    metavar="NAME",
+    help="What a solving model's puzzles are: sudoku-4x4, maze-30x30, arc-30x30 and so on "
+    "(default: what its source says, or its size leaves no doubt of).",
+)
+@option(
+    "--dataset",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The dataset.json a solving model was trained with, or its folder "
+    "(default: the one beside the checkpoint).",
+)
+@option(
+    "--setting",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A field of a solving model's config that its files lack, such as num_heads=8.",
+)
+@option(
     "--unrolled",
     is_flag=True,
     help="Add variants in which a loop is unrolled: one graph, fixed depth.",
@@ -51,13 +71,19 @@ if TYPE_CHECKING:
 @as_json
 @common
 def export(
-    source: Path, output: Path, as_json: bool, quiet: bool, debug: bool, **given: Any
+    source: Path,
+    output: Path,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    settings: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Export SOURCE to a bundle, through the parity gate.
 
-    SOURCE is a run or checkpoint of `edgert train`, a published checkpoint (step-*.pt), a GGUF
-    file, a Hugging Face folder (config.json and safetensors) or a recipe (*.toml). What a model
-    file is, its content decides, not its name.
+    SOURCE is a run or checkpoint of `edgert train`, a published checkpoint (step-*.pt, step_<n>,
+    *.pt), a GGUF file, a Hugging Face folder (config.json and safetensors) or a recipe (*.toml).
+    What a model file is, its content decides, not its name.
 
     Every state and logit of the exported graphs is compared with the model in torch. Where they
     differ nothing is written, and the exit code is 6.
@@ -75,7 +101,8 @@ def export(
     from edgert.export.pipeline import export_source
 
     reporter = TerminalReporter(quiet)
-    exported = export_source(source, output, reporter=reporter, **given)
+    chosen = _settings(settings)
+    exported = export_source(source, output, settings=chosen, reporter=reporter, **given)
     if as_json:
         manifest = exported.manifest
         print_json(
@@ -97,12 +124,32 @@ def export(
     )
 
 
+def _settings(given: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE with a number, true, false or text -> fields, which the importer checks."""
+    import json
+
+    found: dict[str, Any] = {}
+    for item in given:
+        key, equals, text = item.partition("=")
+        if not key or not equals or len(text) > 100:
+            raise click.UsageError(f"--setting wants KEY=VALUE, not {item[:60]!r}")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = text
+        found[key] = value if isinstance(value, (bool, int, float)) else text
+    return found
+
+
 def _parity_table(verdict: Verdict) -> list[str]:
     words = {
         "prefill": "whole sequence in one step",
         "steps": "prefill, then single steps",
         "chunks": "uneven chunks",
         "batch": "two ragged rows",
+        "segments": "iterations, exact carries",
+        "free": "iterations, free-running",
+        "whole": "iterations in one graph",
     }
     width = max(len(c.variant) for c in verdict.checks) + 2
     return [

@@ -67,6 +67,7 @@ def bench(bundle: Path, **given: Any) -> None:
     from edgert.bench.run import Placement
     from edgert.bench.run import bench as measure
     from edgert.bundle import read_manifest
+    from edgert.programs import solves_puzzles
 
     plan = Plan(
         n_prompt=given["prompt_tokens"],
@@ -85,7 +86,10 @@ def bench(bundle: Path, **given: Any) -> None:
         not given["low_memory"],
     )
     expected = _expected(given["reference"], plan) if given["reference"] else None
-    total = sum(entry.bytes for entry in read_manifest(bundle).files.values())
+    manifest = read_manifest(bundle)
+    if manifest.solves:
+        raise solves_puzzles(str(bundle))
+    total = sum(entry.bytes for entry in manifest.files.values())
     with hashing(total, quiet=given["quiet"]) as advance:
         result = measure(
             bundle,

@@ -13,9 +13,16 @@ from edgert.cli.show import print_json, size
 if TYPE_CHECKING:
     from edgert.session import Session
     from edgert.sessionfile import SavedSession
+    from edgert.solving import Solving
+    from edgert.solvingfile import SavedSolving
 
 SESSION = click.argument("file", type=FILE)
 OPTIONAL_BUNDLE = click.argument("bundle", type=FILE, required=False)
+_LOADING: dict[str, Any] = {
+    "device": "auto",
+    "quiet": True,
+    **dict.fromkeys(("precision", "lowering", "variant", "threads", "low_memory")),
+}
 
 
 @click.group()
@@ -30,29 +37,57 @@ def session() -> None:
 @common
 def info(file: Path, as_json: bool, **given: Any) -> None:
     """What a session file holds; its bundle is not needed."""
-    from edgert.sessionfile import read_session
-    from edgert.vault import key_from
+    from edgert.sessionfile import SavedSession
 
-    keys = key_options(given)
-    saved = read_session(file, key_from(keys.get("passphrase"), keys.get("key_file")))
-    facts = _facts(file, saved)
+    saved = _read(file, key_options(given))
+    sequence = isinstance(saved, SavedSession)
+    facts = _common(file, saved) | {"kind": "session" if sequence else "solving"}
+    facts |= _facts(saved) if isinstance(saved, SavedSession) else _solving_facts(saved)
     if as_json:
         print_json(facts)
         return
-    request = facts["request"]
-    settings = "none yet" if request is None else _settings(request)
+    first, rest = (_lines if sequence else _solving_lines)(facts)
     lines = {
-        "session": f"{file}  {size(facts['bytes'])}, {facts['n_session']} tokens",
+        "session": f"{file}  {size(facts['bytes'])}, {first}",
         "bundle": f"{saved.bundle.name} {saved.bundle.variant} ({saved.bundle.variant_id[:12]})",
         "last at": saved.bundle.path or "not recorded",
         "written": f"{saved.created} by {saved.written_by}",
         "place": ", ".join(f"{name} {value}" for name, value in saved.place.items()),
-        "answer": settings,
-        "state": f"{len(saved.states)} states, {size(facts['state_bytes'])}, room for "
-        f"{saved.capacity} tokens",
-        "data": ", ".join(saved.data) or "none",
+        **rest,
     }
     click.echo("\n".join(f"{name:<10}{text}" for name, text in lines.items()))
+
+
+def _read(file: Path, keys: dict[str, Any]) -> SavedSession | SavedSolving:
+    """What a session file of either kind holds."""
+    from edgert.sessionfile import saved_session
+    from edgert.sessionstore import SESSION, read_stored
+    from edgert.solvingfile import saved_solving
+    from edgert.vault import key_from
+
+    key = key_from(keys.get("passphrase"), keys.get("key_file"))
+    stored = read_stored(file, key, "take an older copy, or start anew")
+    return saved_session(stored, file) if stored.kind == SESSION else saved_solving(stored, file)
+
+
+def _lines(facts: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    request = facts["request"]
+    return f"{facts['n_session']} tokens", {
+        "answer": "none yet" if request is None else _settings(request),
+        "state": f"{facts['n_states']} states, {size(facts['state_bytes'])}, room for "
+        f"{facts['capacity']} tokens",
+        "data": ", ".join(facts["data"]) or "none",
+    }
+
+
+def _solving_lines(facts: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    spent = f"{facts['iterations']} iterations, {facts['seconds'] * 1e3:.1f} ms so far"
+    return f"{facts['n_puzzles']} puzzle{'s' * (facts['n_puzzles'] != 1)}", {
+        "puzzles": f"{facts['n_done']} done, {facts['n_in_loop']} in the loop, "
+        f"{facts['n_waiting']} waiting",
+        "policy": f"{facts['halt']}, at most {facts['batch']} in the loop; {spent}",
+        "state": size(facts["state_bytes"]),
+    }
 
 
 def _settings(request: dict[str, Any]) -> str:
@@ -62,10 +97,9 @@ def _settings(request: dict[str, Any]) -> str:
     return f"{request['n_gen']} tokens so far, {end}; {how}, seed {params['seed']}"
 
 
-def _facts(file: Path, saved: SavedSession) -> dict[str, Any]:
+def _common(file: Path, saved: SavedSession | SavedSolving) -> dict[str, Any]:
     from dataclasses import asdict
 
-    request = saved.request
     return {
         "file": str(file),
         "bytes": file.stat().st_size,
@@ -73,8 +107,33 @@ def _facts(file: Path, saved: SavedSession) -> dict[str, Any]:
         "place": saved.place,
         "written_by": saved.written_by,
         "created": saved.created,
+    }
+
+
+def _solving_facts(saved: SavedSolving) -> dict[str, Any]:
+    done = len(saved.answers.index)
+    return {
+        "n_puzzles": len(saved.ids),
+        "n_done": done,
+        "n_in_loop": saved.waiting - done,
+        "n_waiting": len(saved.ids) - saved.waiting,
+        "halt": saved.policy,
+        "batch": saved.batch,
+        "iterations": saved.iterations,
+        "seconds": saved.ns / 1e9,
+        "graph_seconds": saved.graph_ns / 1e9,
+        "state_bytes": sum(array.nbytes for array in saved.seats.carry.values()),
+    }
+
+
+def _facts(saved: SavedSession) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    request = saved.request
+    return {
         "n_session": int(saved.tokens.size),
         "capacity": saved.capacity,
+        "n_states": len(saved.states),
         "state_bytes": sum(array.nbytes for array in saved.states.values()),
         "pending": saved.pending is not None,
         "stream": saved.stream,
@@ -97,17 +156,29 @@ def _facts(file: Path, saved: SavedSession) -> dict[str, Any]:
 @common
 def verify(file: Path, bundle: Path | None, as_json: bool, **given: Any) -> None:
     """Prove that a session is whole and can be resumed on its bundle: it is, here and now."""
-    with _resumed(file, bundle, key_options(given)) as found:
+    from edgert.sessionfile import SavedSession
+
+    keys = key_options(given)
+    sequence = isinstance(_read(file, keys), SavedSession)
+    found: Session | Solving
+    with (_resumed if sequence else _resumed_solving)(file, bundle, keys) as found:
         name, variant = found.model.manifest.name, found.model.runner.variant_name
-        count, notes = len(found.tokens), found.notes
+        count, notes = _count(found), found.notes
         where = str(found.model.bundle.root)
-    nbytes = file.stat().st_size
+    nbytes, what = file.stat().st_size, "tokens" if sequence else "puzzles"
     if as_json:
-        facts = {"verified": True, "bundle": where, "variant": variant, "n_session": count}
+        facts: dict[str, Any] = {"verified": True, "bundle": where, "variant": variant}
+        facts["n_session" if sequence else "n_puzzles"] = count
         print_json(facts | {"bytes": nbytes, "notes": list(notes)})
         return
     exact = "resumes bit for bit here" if not notes else "within tolerance: " + ", ".join(notes)
-    click.echo(f"ok  {name} {variant} · {count} tokens · {size(nbytes)} · {exact}")
+    click.echo(f"ok  {name} {variant} · {count} {what} · {size(nbytes)} · {exact}")
+
+
+def _count(found: Session | Solving) -> int:
+    from edgert.session import Session
+
+    return len(found.tokens) if isinstance(found, Session) else len(found.ids)
 
 
 output = option(
@@ -153,9 +224,13 @@ def fork(file: Path, bundle: Path | None, output: Path, **given: Any) -> None:
 def _resumed(file: Path, bundle: Path | None, keys: dict[str, Any]) -> Session:
     from edgert.cli.talk import resumed
 
-    unset = dict.fromkeys(("precision", "lowering", "variant", "threads", "low_memory"))
-    loading = {"device": "auto", "quiet": True, **unset}
-    return resumed(file, bundle, loading, keys)
+    return resumed(file, bundle, _LOADING, keys)
+
+
+def _resumed_solving(file: Path, bundle: Path | None, keys: dict[str, Any]) -> Solving:
+    from edgert.cli.talk import resumed_solving
+
+    return resumed_solving(file, bundle, _LOADING | {"deadline_ms": None}, keys)
 
 
 def _written(session: Session, output: Path, keys: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from edgert.generate import Generation, Piece, Stream
     from edgert.model import Model
     from edgert.session import Session
+    from edgert.solving import Solving
 
 MAX_PROMPT_BYTES = 16 << 20
 OPTIONAL_BUNDLE = click.argument("bundle", type=FILE, required=False)
@@ -177,22 +178,41 @@ def resumed(
     from edgert.resuming import resume
 
     with hashing(None, quiet=given["quiet"]) as advance:
-        session = resume(
+        session = resume(file, bundle=bundle, progress=advance, **_placed(given), **keys)
+    _tell(session.notes, given)
+    return session
+
+
+def resumed_solving(
+    file: Path, bundle: Path | None, given: dict[str, Any], keys: dict[str, Any]
+) -> Solving:
+    """Puzzles that were saved, as `resumed`."""
+    from edgert.resuming import resume_solving
+
+    with hashing(None, quiet=given["quiet"]) as advance:
+        solving = resume_solving(
             file,
             bundle=bundle,
-            device=given["device"],
-            precision=given["precision"],
-            lowering=given["lowering"],
-            variant=given["variant"],
-            threads=given["threads"] or None,
-            prepack=False if given["low_memory"] else None,
+            deadline_ms=given["deadline_ms"],
             progress=advance,
+            **_placed(given),
             **keys,
         )
-    if session.notes:
-        text = "── goes on within tolerance, not bit for bit: " + ", ".join(session.notes)
+    _tell(solving.notes, given)
+    return solving
+
+
+def _placed(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `placement` for what goes on: unset ones stay as they were."""
+    same = {name: given[name] for name in ("device", "precision", "lowering", "variant")}
+    threads, prepack = given["threads"] or None, False if given["low_memory"] else None
+    return same | {"threads": threads, "prepack": prepack}
+
+
+def _tell(notes: tuple[str, ...], given: dict[str, Any]) -> None:
+    if notes:
+        text = "── goes on within tolerance, not bit for bit: " + ", ".join(notes)
         note(text, quiet=given["quiet"])
-    return session
 
 
 def _save(session: Session, file: Path | None, keys: dict[str, Any]) -> tuple[Path, int] | None:
@@ -200,9 +220,9 @@ def _save(session: Session, file: Path | None, keys: dict[str, Any]) -> tuple[Pa
 
 
 @contextmanager
-def stopped_by_ctrl_c(stream: Stream) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C ends the stream behind its step, so that the session stays sound and can be
-    saved; a second one interrupts at once. Yields a function that tells whether it was pressed."""
+def stopped_by_ctrl_c(work: Stream | Solving) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C ends the work behind its step, so that it stays sound and can be saved; a
+    second one interrupts at once. Yields a function that tells whether it was pressed."""
     pressed = False
 
     def stop(number: int, frame: object) -> None:
@@ -210,7 +230,7 @@ def stopped_by_ctrl_c(stream: Stream) -> Iterator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        stream.cancel()
+        work.cancel()
 
     try:
         before = signal.signal(signal.SIGINT, stop)

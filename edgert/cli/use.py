@@ -82,12 +82,7 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
     for name, graph in spec.graphs.items():
         reads, writes = _ends(graph.inputs.values()), _ends(graph.outputs.values())
         lines.append(f"  {name}  {reads}  →  {writes}")
-    kinds = [state.kind for state in manifest.states.values()]
-    lines.append(
-        f"state     {kinds.count('append')} append slots, "
-        f"{size(state_bytes_per_token(manifest))} a token and sequence, "
-        f"context {manifest.context} tokens"
-    )
+    lines += _solving(manifest) if manifest.solves else [_state(manifest)]
     width = max(map(len, manifest.variants))
     for name, variant in manifest.variants.items():
         files = {g.file for g in variant.graphs.values()}
@@ -97,9 +92,12 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
         short = variant.variant_id[:12]
         lines.append(f"variant   {name:<{width}}  {short}  {size(nbytes):>8}  opset {opsets}")
     lines.append("requires  " + ", ".join(f"{k} {v}" for k, v in manifest.requires.items()))
-    tokenizer = manifest.tokenizer.kind if manifest.tokenizer else "none: token ids only"
-    template = "with chat template" if manifest.chat_template else "no chat template"
-    lines.append(f"text      tokenizer {tokenizer}, {template}, end tokens {list(manifest.eos)}")
+    if not manifest.solves:
+        tokenizer = manifest.tokenizer.kind if manifest.tokenizer else "none: token ids only"
+        template = "with chat template" if manifest.chat_template else "no chat template"
+        lines.append(
+            f"text      tokenizer {tokenizer}, {template}, end tokens {list(manifest.eos)}"
+        )
     origin = manifest.provenance
     told = [
         f"{key} {_plain(value)}".removeprefix("source ") for key, value in origin.items() if value
@@ -113,6 +111,42 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
         )
     else:
         lines.append("parity    no verdict in this bundle")
+    return lines
+
+
+def _state(manifest: Manifest) -> str:
+    kinds = [state.kind for state in manifest.states.values()]
+    return (
+        f"state     {kinds.count('append')} append slots, "
+        f"{size(state_bytes_per_token(manifest))} a token and sequence, "
+        f"context {manifest.context} tokens"
+    )
+
+
+def _solving(manifest: Manifest) -> list[str]:
+    """When a puzzle's loop ends, what a puzzle is, and what its rows are taken from."""
+    import numpy as np
+
+    loop = manifest.program.loop
+    assert loop is not None
+    halts = "never before its limit"
+    if loop.halt is not None:
+        what = f"the sum of {loop.halt.signal}" if loop.halt.cumulative else loop.halt.signal
+        halts = f"when {what} > {loop.halt.threshold:g}, not before {loop.halt.least}"
+    puzzles = manifest.task or "not known: token ids only"
+    carry = sum(
+        np.dtype(spec.dtype).itemsize * int(np.prod([n for n in spec.shape if isinstance(n, int)]))
+        for spec in loop.values.values()
+    )
+    lines = [
+        f"halts     {halts}, at most {loop.iterations} {manifest.program.body}s",
+        f"puzzles   {puzzles}, {manifest.context} cells of {manifest.vocab_size} tokens, "
+        f"{size(carry)} of state each",
+    ]
+    for name, file in manifest.tables.items():
+        row = "x".join(map(str, manifest.inputs[name].shape[1:]))
+        nbytes = manifest.files[file].bytes
+        lines.append(f"table     {name}, rows of {row}, {size(nbytes)}, one row per puzzle")
     return lines
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edgert.errors import UsageError
 from edgert.export.recipe import Recipe, read_recipe
@@ -26,6 +28,9 @@ def export_source(
     tokenizer: Path | None = None,
     name: str | None = None,
     unrolled: bool = False,
+    task: str | None = None,
+    dataset: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     reporter: Reporter | None = None,
 ) -> Exported:
     """Import a checkpoint, GGUF file, model folder or recipe, and export it. What is given here
@@ -49,6 +54,7 @@ def export_source(
             do=f"train it first:  edgert train {source}",
         )
     given = {"precision": precision, "lowerings": lowerings, "name": name, "unrolled": unrolled}
+    given["task"] = task
     options = replace(recipe.options, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]
     context, tokenizer = context or recipe.context, tokenizer or recipe.tokenizer
     with reporter.stage("reading", recipe.source.name) as advance:
@@ -65,6 +71,8 @@ def export_source(
                 recipe.source,
                 context=context,
                 tokenizer=tokenizer,
+                settings=recipe.settings | dict(settings or {}),
+                dataset=dataset or recipe.dataset,
                 progress=lambda done, total: advance(1),
             )
     for text in imported.notes:

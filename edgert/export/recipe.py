@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +22,10 @@ MAX_BYTES = 1 << 20
 MAX_LINE = 400  # characters of a problem
 _KEYS = {
     "": {"format_version", "name", "source", "export", "sampling", "model", "data", "train"},
-    "source": {"package", "install", "path", "context", "tokenizer", "random_seed"},
+    "source": {
+        *("package", "install", "path", "context", "tokenizer", "random_seed"),
+        *("task", "dataset", "settings"),
+    },
     "export": {"precision", "lowerings", "unrolled"},
 }
 _TYPES: dict[str, type] = {
@@ -31,6 +34,7 @@ _TYPES: dict[str, type] = {
     "random_seed": int,
     "lowerings": list,
     "unrolled": bool,
+    "settings": dict,
 }
 _TABLES = ("sampling", "model", "data", "train")  # read elsewhere
 RUNS = Path("runs")
@@ -43,6 +47,7 @@ class Recipe:
 
     source  a file or folder; or, with `random_seed`, nothing but a place in messages
     model   the recipe's own description of an architecture, which `random_seed` gives weights
+    dataset, settings  what a checkpoint of a model that solves lacks, as `load_source` takes it
     trains  the source is the run of `edgert train` on this recipe, in the working directory
     """
 
@@ -52,6 +57,8 @@ class Recipe:
     tokenizer: Path | None = None
     model: dict[str, Any] | None = None
     random_seed: int | None = None
+    dataset: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     trains: bool = False
 
 
@@ -73,7 +80,7 @@ def read_recipe(path: Path) -> Recipe:
     problems.check("the recipe is wrong", do="see export/README.md for the keys")
     source = table.get("source", {})
     seed = source.get("random_seed")
-    tokenizer = source.get("tokenizer")
+    tokenizer, dataset = source.get("tokenizer"), source.get("dataset")
     options = _options(table, path)
     return Recipe(
         source=path if seed is not None else _source(source, path, table),
@@ -82,6 +89,8 @@ def read_recipe(path: Path) -> Recipe:
         tokenizer=path.parent / tokenizer if tokenizer else None,
         model=table.get("model"),
         random_seed=seed,
+        dataset=path.parent / dataset if dataset else None,
+        settings=source.get("settings", {}),
         trains="source" not in table,
     )
 
@@ -122,7 +131,7 @@ def _problems(table: dict[str, Any]) -> list[str]:
     else:
         if "path" not in source:
             found.append("source.path: missing")
-        for key in ("path", "tokenizer"):
+        for key in ("path", "tokenizer", "dataset"):
             if isinstance(source.get(key), str) and _leaves(source[key]):
                 found.append(f"source.{key}: {source[key]!r} leaves its folder")
         package = source.get("package")
@@ -147,6 +156,7 @@ def _options(table: dict[str, Any], path: Path) -> ExportOptions:
             sampling=sampling,
             name=table.get("name"),
             unrolled=export.get("unrolled", False),
+            task=table.get("source", {}).get("task"),
         )
     except UsageError as error:
         what = error.what[:MAX_LINE]  # may quote the recipe

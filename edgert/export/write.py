@@ -17,6 +17,7 @@ from edgert.bundle import Bundle, list_files, seal, write_manifest
 from edgert.errors import UnsupportedModel, UsageError
 from edgert.export.check import check_bundle
 from edgert.export.comparison import Verdict
+from edgert.export.task import task_of
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
 from edgert.files import publish_directory
@@ -37,6 +38,7 @@ class ExportOptions:
     """What to make of a source. `sampling` are the bundle's defaults, over the source's own.
 
     unrolled  add variants with a loop unrolled in one graph
+    task      what the puzzles of a model that solves are, instead of what its source says
     """
 
     precision: str = "fp32"
@@ -44,6 +46,7 @@ class ExportOptions:
     sampling: dict[str, Any] | None = None
     name: str | None = None
     unrolled: bool = False
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -82,10 +85,11 @@ def export_bundle(
     """Trace, write, prove and publish a bundle. Nothing appears at `out` unless the gate passes.
 
     Raises GateFailed (a graph differs from the model), UnsupportedModel (no lowering fits),
-    UsageError (`out` is in the way), EdgertError (the exporter failed).
+    UsageError (`out` is in the way, or a task not the model's), EdgertError (the exporter failed).
     """
     reporter = reporter or Reporter()
     program = program_of(source.model)
+    source = replace(source, task=task_of(program, options.task, source.task, reporter))
     lowerings = _feasible(program, options.lowerings, reporter)
     with workshop(out) as work:
         variants = _write_graphs(work, program, options, lowerings, reporter)

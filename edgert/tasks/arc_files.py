@@ -11,7 +11,7 @@ import numpy as np
 
 from edgert.errors import BadFile, MissingDependency
 from edgert.tasks.arc import IDENTITY, SIDE, Grid, split_name
-from edgert.tasks.reading import read_json, refuse_all
+from edgert.tasks.reading import json_value, read_json, refuse_all
 
 EVALUATION = "evaluation"
 """The folder whose test pairs are held out."""
@@ -91,6 +91,36 @@ def read_task(path: Path, *, held_out: bool) -> ArcTask:
     train, test = (_pairs(content.get(key), key, violations) for key in ("train", "test"))
     refuse_all("not an ARC task", violations, path)
     return ArcTask(name, train, test, held_out)
+
+
+@dataclass(frozen=True)
+class OpenPair:
+    """A question whose answer may be kept back."""
+
+    input: Grid
+    output: Grid | None
+
+
+def open_pairs(data: bytes, where: str) -> list[OpenPair]:
+    """The test pairs of a task's JSON file. Raises BadFile that lists every violation."""
+    content = json_value(data, where)
+    violations: list[str] = []
+    found: list[OpenPair] = []
+    test = content.get("test") if isinstance(content, dict) else None
+    if not isinstance(test, list) or not 1 <= len(test) <= MAX_PAIRS:
+        violations.append(f"test is not a list of 1 to {MAX_PAIRS} pairs")
+        test = []
+    for i, pair in enumerate(test):
+        if not isinstance(pair, dict):
+            violations.append(f"test[{i}] is not an object with input and perhaps output")
+            continue
+        before = _grid(pair.get("input"), f"test[{i}].input", violations)
+        after = pair.get("output")
+        known = None if after is None else _grid(after, f"test[{i}].output", violations)
+        if before is not None:
+            found.append(OpenPair(before, known))
+    refuse_all("not an ARC task", violations, Path(where))
+    return found
 
 
 def _of_name(name: str) -> list[str]:

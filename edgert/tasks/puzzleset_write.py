@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import EdgertError, UsageError
+from edgert.errors import UsageError
 from edgert.files import fsync_path
 from edgert.tasks.npyfile import ArrayWriter
 from edgert.tasks.puzzle import PAD, Integers
@@ -52,21 +52,14 @@ def write_puzzleset(
         raise UsageError(
             "the folder exists already", where=str(out), do="choose another, or remove it yourself"
         )
-    with workshop(out) as work:
-        try:
-            (work / IDENTIFIERS).write_text(json.dumps(list(identifiers)))
-            fsync_path(work / IDENTIFIERS)
-            for split, groups in splits.items():
-                _write_split(work / split, groups, seq_len, vocab_size, len(identifiers))
-            fsync_path(work)
-            os.rename(work, out)
-            fsync_path(out.parent)
-        except OSError as error:
-            raise EdgertError(
-                f"cannot write the data set: {error.strerror or error}",
-                where=str(error.filename or out),
-                do="check free space and permissions there, or choose another output",
-            ) from error
+    with workshop(out, "data set") as work:
+        (work / IDENTIFIERS).write_text(json.dumps(list(identifiers)))
+        fsync_path(work / IDENTIFIERS)
+        for split, groups in splits.items():
+            _write_split(work / split, groups, seq_len, vocab_size, len(identifiers))
+        fsync_path(work)
+        os.rename(work, out)
+        fsync_path(out.parent)
 
 
 def _write_split(

@@ -45,6 +45,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 def read_json(path: Path, limit: int) -> Any:
     """The content of a JSON file of at most `limit` bytes. Raises BadFile."""
+    return json_value(read_bytes(path, limit), str(path))
+
+
+def json_value(data: bytes, where: str) -> Any:
+    """What JSON text holds; `where` names its file. Raises BadFile."""
 
     def refuse(what: str) -> NoReturn:
         raise ValueError(what)
@@ -56,7 +61,7 @@ def read_json(path: Path, limit: int) -> Any:
 
     try:
         return json.loads(
-            read_bytes(path, limit),
+            data,
             parse_int=integer,
             parse_constant=lambda name: refuse(f"{name} is not JSON"),
         )
@@ -64,7 +69,7 @@ def read_json(path: Path, limit: int) -> Any:
         what = "it is nested too deep"
     except ValueError as error:
         what = str(error)
-    raise BadFile(f"the file is not sound JSON: {what}", where=str(path))
+    raise BadFile(f"the file is not sound JSON: {what}", where=where)
 
 
 def read_csv(path: Path, header: Sequence[str]) -> Iterator[tuple[int, list[str]]]:

@@ -23,7 +23,8 @@ Progress = Callable[[int, int], None]
 """Called with (blocks read, blocks in all) after each block."""
 
 ACCEPTED = (
-    "accepted are: a HAGI checkpoint (step-*.pt), a GGUF file of the llama architecture, "
+    "accepted are: a HAGI checkpoint (step-*.pt), an HRM checkpoint (step_<n> or *.pt), a GGUF "
+    "file of the llama architecture, "
     "a folder with config.json and safetensors, a run of `edgert train`"
 )
 MAX_VOCAB = 1 << 22

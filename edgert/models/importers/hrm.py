@@ -26,7 +26,14 @@ from edgert.models.hrm.bidir import Bidir
 from edgert.models.hrm.config import BidirConfig, HRMConfig
 from edgert.models.hrm.model import HRM
 from edgert.models.importers.assemble import compare_shapes
-from edgert.models.importers.common import Problems, Progress, named, sha256, shown
+from edgert.models.importers.common import (
+    Imported,
+    Problems,
+    Progress,
+    named,
+    sha256,
+    shown,
+)
 from edgert.models.importers.hrm_config import (
     WRONG,
     from_shapes,
@@ -46,7 +53,7 @@ from edgert.models.importers.hrm_file import (
     unpickle,
 )
 
-__all__ = ["ImportedHRM", "assemble", "is_hrm", "read_hrm"]
+__all__ = ["ImportedHRM", "assemble", "is_hrm", "load", "read_hrm"]
 
 VARIANTS = ("A1", "A2", "B1", "B2")
 TABLE = "puzzle_emb.weights"
@@ -77,6 +84,28 @@ class ImportedHRM:
     name: str
     provenance: dict[str, Any]
     notes: tuple[str, ...]
+
+
+def load(
+    path: Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    dataset: Path | None = None,
+    progress: Progress | None = None,
+) -> Imported:
+    """`read_hrm`, as all importers give what they read."""
+    found = read_hrm(path, settings=settings, dataset=dataset, progress=progress)
+    return Imported(
+        model=found.model,
+        name=found.name,
+        tokenizer_json=None,
+        chat_template=None,
+        bos=None,
+        eos=(),
+        sampling={},
+        provenance=found.provenance,
+        notes=found.notes,
+    )
 
 
 def read_hrm(
@@ -203,7 +232,7 @@ def _original(
     shapes = from_shapes(state)
     needed = (
         f"{CONFIG} belongs beside the checkpoint, and seq_len is in its dataset's {DATASET}: give "
-        "that, or the missing fields themselves"
+        "that (--dataset FILE), or the missing fields themselves (--setting seq_len=N)"
     )
     config, unknown = read_config(shapes | stated, Problems(str(path)), needed=needed)
     guessed = sorted(set(shapes) - set(stated))
@@ -238,7 +267,9 @@ def _bidirectional(
         shapes["cycle_embedding"] = True
     stated = raw | settings
     config, unknown = read_bidir_config(
-        shapes | stated, problems, needed="a bare state dict does not tell num_heads: give it"
+        shapes | stated,
+        problems,
+        needed="a bare state dict does not tell num_heads: give it (--setting num_heads=N)",
     )
     if config.cycle_embedding and CYCLES not in state:
         raise BadCheckpoint(

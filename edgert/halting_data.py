@@ -49,6 +49,13 @@ class Puzzles:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def part(self, start: int, count: int) -> Puzzles:
+        """Some of them, behind one another."""
+        rows = slice(start, start + count)
+        return Puzzles(
+            self.ids[rows], self.number[rows], self.labels[rows], self.known[rows], self.task
+        )
+
     @property
     def judged_by(self) -> str:
         if self.known.all():

@@ -41,6 +41,7 @@ PUZZLES = 1000
 LOSS = 0.2
 """Points of exact accuracy that a recommended policy may lose."""
 
+PART = 64  # puzzles that a policy solves in a turn, for each one in the loop at once
 WATCHED = 200  # puzzles whose signals suggest thresholds
 
 
@@ -95,13 +96,13 @@ def sweep(
     if not 0.0 <= loss <= 100.0:
         raise UsageError(f"a loss of {loss:g} points is not possible", do="use 0 to 100")
 
-    def run(policy: str) -> tuple[_Solved, Seconds]:
-        work = model.solving(puzzles.ids, number=puzzles.number, halt=policy, batch=batch)
+    def run(policy: str, part: Puzzles) -> tuple[_Solved, Seconds]:
+        work = model.solving(part.ids, number=part.number, halt=policy, batch=batch)
         order = [answer for _, answer in work]
         if policy == "full":
             outside.append(1.0 - work.graph_ns / 1e9 / order[-1].seconds)
-        answers = [work.answers[i] for i in range(len(puzzles))]
-        return _solved(puzzles, answers), np.diff([a.seconds for a in order], prepend=0.0)
+        answers = [work.answers[i] for i in range(len(part))]
+        return _solved(part, answers), np.diff([a.seconds for a in order], prepend=0.0)
 
     outside: list[float] = []
     model.solving(puzzles.ids[:batch], number=puzzles.number[:batch], batch=batch).run()  # warm
@@ -114,13 +115,18 @@ def sweep(
     policies += [f"{TRAINED}:{threshold!r}" for threshold in thresholds]
     for policy in policies:
         model.runner.exit(policy)  # refused before anything is measured
-    measured = in_turns(policies, run, rounds, progress)
+    parts = [puzzles.part(i, PART * batch) for i in range(0, len(puzzles), PART * batch)]
+    measured = in_turns(policies, parts, run, rounds, progress)
     line = fitted({n: one.seconds for n, one in zip(fixed, measured, strict=False)})
     points = []
     for policy, one in zip(policies, measured, strict=True):
-        cost = costs(policy, one.found.taken, one.seconds, measured[0].seconds, line)
-        exact, halted = float(one.found.right.mean()), float(one.found.halted.mean())
-        points.append(PuzzlePoint(**asdict(cost), exact=exact, halted=halted))
+        taken, right, halted = (
+            np.concatenate([getattr(part, name) for part in one.found])
+            for name in ("taken", "right", "halted")
+        )
+        cost = costs(policy, taken, one.seconds, measured[0].seconds, line)
+        exact, by_itself = float(right.mean()), float(halted.mean())
+        points.append(PuzzlePoint(**asdict(cost), exact=exact, halted=by_itself))
     least = points[0].exact - loss / 100 - 1e-12
     good = [p for p in points if p.exact >= least]
     best = min(good, key=lambda p: (p.iterations_mean, -p.exact))

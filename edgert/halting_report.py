@@ -1,8 +1,8 @@
 """How early a loop may end: what the reports on texts and on puzzles share.
 
-Policies are measured in turns, round by round, so that a machine that slows down slows all of
-them. A place in the text, or a puzzle, counts with the median of its rounds: what disturbs one
-round is not in it.
+Policies are measured in turns, on one part of the data after another, and all of it several times
+over: a machine that slows down slows all of them. A place in the text, or a puzzle, counts with the
+median of its rounds: what disturbs one round is not in it.
 
 Latency is a straight line in iterations, a + b x n, through the fixed depths. It says what ending
 early can give: with m iterations in the mean, full depth over a + b x m, the `ceiling`.
@@ -40,6 +40,7 @@ QUANTILES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Of the signals seen at full depth: the thresholds that are tried."""
 
 P = TypeVar("P")
+D = TypeVar("D")
 F = TypeVar("F")
 Seconds = NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -96,38 +97,46 @@ class Report:
 
 @dataclass(frozen=True)
 class Measured(Generic[F]):
-    """What a policy found, and what it took: seconds [items], each the median of all rounds."""
+    """What a policy found in each part, and what it took: seconds [items] of all parts, each the
+    median of all rounds."""
 
-    found: F
+    found: list[F]
     seconds: Seconds
 
 
 def in_turns(
     policies: Sequence[P],
-    run: Callable[[P], tuple[F, Seconds]],
+    parts: Sequence[D],
+    run: Callable[[P, D], tuple[F, Seconds]],
     rounds: int,
     progress: Progress | None = None,
 ) -> list[Measured[F]]:
-    """Every policy once, then every policy again, and so on. What is found is the first round's.
+    """Every policy on the first part, then every policy on the next; all of it again each round.
 
+    run       gives what a policy finds in a part, of which the first round's is kept, and seconds
     progress  called behind each run with how many are done, of how many
     Raises UsageError for less than one round.
     """
     if rounds < 1:
         raise UsageError(f"rounds = {rounds} is not possible", do="use 1 or more")
-    found: list[F] = []
-    spent: list[list[Seconds]] = [[] for _ in policies]
+    found: list[list[F]] = [[] for _ in policies]
+    spent: list[list[list[Seconds]]] = [[] for _ in policies]  # of each round and part
+    done, total = 0, rounds * len(parts) * len(policies)
     for number in range(rounds):
-        for at, policy in enumerate(policies):
-            facts, seconds = run(policy)
-            if number == 0:
-                found.append(facts)
-            spent[at].append(seconds)
-            if progress is not None:
-                progress(number * len(policies) + at + 1, rounds * len(policies))
+        for times in spent:
+            times.append([])
+        for part in parts:
+            for at, policy in enumerate(policies):
+                facts, seconds = run(policy, part)
+                if number == 0:
+                    found[at].append(facts)
+                spent[at][number].append(seconds)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
     return [
-        Measured(facts, np.median(np.stack(times), axis=0))
-        for facts, times in zip(found, spent, strict=True)
+        Measured(facts, np.median([np.concatenate(times) for times in each], axis=0))
+        for facts, each in zip(found, spent, strict=True)
     ]
 
 

@@ -90,8 +90,8 @@ def sweep(
     thresholds  of `settle`; None takes quantiles of the change seen
     tokens      of the text that are read at most; `window` of them behind each other
     agreement   share of best tokens that must be those of full depth, for a recommendation
-    rounds      in which all policies are measured, in turns
-    progress    called behind each policy of each round with how many are done, of how many
+    rounds      over the whole text, in which all policies take turns window by window
+    progress    called behind each pass over a window with how many are done, of how many
 
     Raises UsageError (a model that cannot halt; a text of fewer than two tokens; a window that is
     not from 2 to the context; an agreement that is not from 0 to 1; no round), OutOfMemory.
@@ -123,19 +123,22 @@ def sweep(
             thresholds = thresholds_of(early[:, : depth - 1])
         fixed = {n: Halt() if n == depth else Halt(least=n, most=n) for n in depths(depth)}
         policies = [*fixed.values(), *map(Halt, thresholds)]
-        measured = in_turns(policies, lambda h: _text(execution, parts, h), rounds, progress)
+        measured = in_turns(
+            policies, parts, lambda halt, part: _pass(execution, part, halt)[:2], rounds, progress
+        )
     finally:
         execution.close()
     line = fitted({n: run.seconds for n, run in zip(fixed, measured, strict=False)})
-    full = measured[0]
+    full = _joined(measured[0].found)
     points = []
     for policy, run in zip(policies, measured, strict=True):
-        cost = costs(str(policy), run.found.taken, run.seconds, full.seconds, line)
-        nll = float(run.found.costs.mean())
+        said = _joined(run.found)
+        cost = costs(str(policy), said.taken, run.seconds, measured[0].seconds, line)
+        nll = float(said.costs.mean())
         points.append(
             TextPoint(
                 **asdict(cost),
-                agreement=float((run.found.best == full.found.best).mean()),
+                agreement=float((said.best == full.best).mean()),
                 perplexity=float(np.exp(min(nll, 700.0))),
                 nll=nll,
             )
@@ -159,21 +162,16 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Said:
-    """One pass over the text, a value for each predicted token."""
+    """One pass over a window, a value for each predicted token."""
 
     best: NDArray[np.int64]
     costs: NDArray[np.float64]
     taken: NDArray[np.int64]
 
 
-def _text(
-    execution: Execution, parts: Sequence[NDArray[np.int64]], halt: Halt
-) -> tuple[_Said, Seconds]:
-    """The whole text, and the seconds of each step."""
-    runs = [_pass(execution, part, halt)[:2] for part in parts]
+def _joined(parts: Sequence[_Said]) -> _Said:
     names = ("best", "costs", "taken")
-    joined = _Said(*(np.concatenate([getattr(run, name) for run, _ in runs]) for name in names))
-    return joined, np.concatenate([seconds for _, seconds in runs])
+    return _Said(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def _pass(

@@ -73,8 +73,9 @@ def at_depth(n: int) -> float:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_every_policy_is_measured_on_the_same_puzzles(model, batch):
+def test_every_policy_is_measured_on_the_same_puzzles(model, batch, monkeypatch):
     """Accuracy and segments are the published model's, at each depth and by its own rule."""
+    monkeypatch.setattr(halting, "PART", 4 // batch)
     report = sweep(model, known(), thresholds=[0.0, 1e30], batch=batch, rounds=2)
     names = ["full", *(f"fixed:{n}" for n in range(DEPTH - 1, 0, -1))]
     assert [p.policy for p in report.points] == [*names, "trained", "trained:0.0", "trained:1e+30"]

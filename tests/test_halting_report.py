@@ -156,14 +156,15 @@ def test_a_machine_that_slows_down_slows_all_policies_alike(monkeypatch):
 def test_policies_take_turns():
     order: list[str] = []
 
-    def run(policy: str):
-        order.append(policy)
-        return f"{policy}{len(order)}", np.array([len(order), 1.0])
+    def run(policy: str, part: int):
+        order.append(f"{policy}{part}")
+        return f"{policy}{len(order)}", np.array([len(order)] * part)
 
-    found = in_turns("abc", run, rounds=3)
-    assert "".join(order) == "abc" * 3
-    assert [m.found for m in found] == ["a1", "b2", "c3"]
-    assert [m.seconds.tolist() for m in found] == [[4.0, 1.0], [5.0, 1.0], [6.0, 1.0]]
+    found = in_turns("abc", [1, 2], run, rounds=3)
+    assert order == ["a1", "b1", "c1", "a2", "b2", "c2"] * 3
+    assert [m.found for m in found] == [["a1", "a4"], ["b2", "b5"], ["c3", "c6"]]
+    medians = [[7.0, 10.0, 10.0], [8.0, 11.0, 11.0], [9.0, 12.0, 12.0]]
+    assert [m.seconds.tolist() for m in found] == medians
 
 
 def test_a_line_through_one_depth_is_flat():
@@ -173,9 +174,9 @@ def test_a_line_through_one_depth_is_flat():
 
 def test_progress_ends_where_it_says():
     seen: list[tuple[int, int]] = []
-    options = {"thresholds": [0.1], "rounds": 2}
+    options = {"thresholds": [0.1], "rounds": 2, "window": 12}
     sweep(looped_model(), IDS, progress=lambda *done: seen.append(done), **options)
-    assert seen == [(i, 10) for i in range(1, 11)]
+    assert seen == [(i, 20) for i in range(1, 21)]
 
 
 @pytest.mark.parametrize(

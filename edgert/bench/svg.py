@@ -18,6 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 26, 36
 _INNER_W, _INNER_H = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 _MOST_POINTS = 600  # of a line: more are thinned out by taking medians
 _BINS = 40
+_NAME = 100  # half the width of a name
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fafaf8;--panel:#fff;--ink:#1c1e21;--soft:#62676e;
@@ -130,11 +131,11 @@ def choice(
             f'<circle class="{dot.kind}" cx="{at:.1f}" cy="{height:.1f}" r="4.5">'
             f"<title>{escape(dot.name)}</title></circle>"
         )
-        if dot.kind == "chosen":
-            below = height + 18
-            body.append(
-                f'<text class="name" x="{at:.1f}" y="{below:.1f}">{escape(dot.name)}</text>'
-            )
+        if dot.kind == "chosen":  # its name stays inside the picture
+            middle = min(max(at, _LEFT + _NAME), WIDTH - _RIGHT - _NAME)
+            under = height + 18 if dot.y / top > 0.2 else height - 10
+            name = escape(dot.name)
+            body.append(f'<text class="name" x="{middle:.1f}" y="{under:.1f}">{name}</text>')
     body += [_below(_x(i / 4), _tick(right * i / 4)) for i in range(5)]
     body.append(_axis(x))
     return _svg(label, body)

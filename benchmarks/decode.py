@@ -11,45 +11,14 @@ once a token (the core's once an iteration) costs at the measured reading speed 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
+from sides import Side, over
 
-HERE = Path(__file__).resolve().parent
-TORCH = ("eager", "compiled")
-
-
-class Side:
-    """A worker that waits for its turns."""
-
-    def __init__(self, name: str, orders: dict[str, Any]) -> None:
-        self.name = name
-        self.runs: list[dict[str, Any]] = []
-        command = [sys.executable, str(HERE / "decode_worker.py"), json.dumps(orders)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.facts = self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise click.ClickException(f"the worker of {self.name} ended: see above")
-        return json.loads(line)  # type: ignore[no-any-return]
-
-    def turn(self) -> None:
-        assert self.process.stdin is not None
-        print("go", file=self.process.stdin, flush=True)
-        self.runs.append(self._answer())
-
-    def step_ms(self) -> list[float]:
-        """The median step of each round."""
-        return [median(run["step_s"]) * 1e3 for run in self.runs]
+WORKER = "decode_worker.py"
 
 
 @click.command()
@@ -80,7 +49,7 @@ def main(
         "tokens": tokens,
     }
     names = ["edgert", "eager", *(["compiled"] if compiled else []), "memory"]
-    sides = {name: Side(name, orders | {"side": name}) for name in names}
+    sides = {name: Side(name, WORKER, orders | {"side": name}) for name in names}
     for _ in range(rounds):
         for side in sides.values():
             side.turn()
@@ -110,10 +79,7 @@ def summary(
         "tokens": tokens,
         "verified_tokens": len(said["edgert"]),
         "ms_per_step": {name: median(side.step_ms()) for name, side in sides.items()},
-        "over_edgert": {
-            name: median(b / a for a, b in zip(ours, side.step_ms(), strict=True))
-            for name, side in sides.items()
-        },
+        "over_edgert": {name: over(ours, side.step_ms()) for name, side in sides.items()},
         "peak_mb": {name: side.runs[-1]["memory"]["peak"] for name, side in sides.items()},
         "bytes_per_token": read,
         "memory_gb_per_s": speed,

@@ -6,15 +6,11 @@ Argument: JSON with side, bundle, source, threads, ids, tokens. Answers: JSON li
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from peer_measure import Window, own_memory, report, task
-
-Run = Callable[[], dict[str, Any]]
+from sides import Run, serve
 
 STREAM_BYTES = 1 << 29  # of each thread: far beyond any cache
 
@@ -95,16 +91,5 @@ SIDES = {
 }
 
 
-def main() -> None:
-    orders = task()
-    run, facts = SIDES[orders["side"]](orders)
-    run()  # warm-up; compiles
-    report(facts)
-    for _ in sys.stdin:
-        window = Window()
-        found = run()
-        report(found | {"others": window.others(), "memory": own_memory()})
-
-
 if __name__ == "__main__":
-    main()
+    serve(SIDES)

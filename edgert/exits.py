@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,20 @@ class Exit:
         if self.signal is None:
             return f"fixed:{self.most}"
         return f"{TRAINED}:{self.threshold!r}:{self.least}:{self.most}"
+
+
+@dataclass(frozen=True)
+class Watch(Exit):
+    """All `most` iterations; the signal [rows] of each goes to `seen`, in the order of running."""
+
+    seen: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def done(
+        self, steps: NDArray[np.int64], signal: NDArray[np.float32] | None
+    ) -> NDArray[np.bool_]:
+        assert signal is not None, "a rule with a signal"
+        self.seen.append(signal.copy())
+        return np.zeros(len(steps), np.bool_)
 
 
 def parse_exit(text: str, loop: LoopSpec, limit: int = MOST) -> Exit:

@@ -91,7 +91,7 @@ class Model:
                 do="give settings by name, such as max_tokens=40",
             )
         if chosen.halt == AUTO:
-            chosen = chosen.replace(halt=_recommended(self.bundle))
+            chosen = chosen.replace(halt=_recommended(self.bundle, parse_halt))
         if chosen.halt is not None:
             self.runner.check_halt(parse_halt(chosen.halt))
         beyond = [t for t in chosen.logit_bias or () if t >= self.manifest.vocab_size]
@@ -182,7 +182,8 @@ class Model:
 
         puzzles  cells int [n, S] or [S]; or text as people write the model's kind of puzzle
         number   of each puzzle in the model's own table of puzzles, or one for all
-        halt     full, fixed:N, trained[:THRESHOLD[:MIN[:MAX]]]; None: as the model was trained
+        halt     full, fixed:N, trained[:THRESHOLD[:MIN[:MAX]]], or auto: as the bundle's halting
+                 report recommends; None: as the model was trained
         batch    puzzles in the loop at once; answers do not depend on it
         The rest as `Solving`. Raises UsageError for what this model cannot do.
         """
@@ -193,6 +194,8 @@ class Model:
             puzzles = [self.task.parse(str(text)) for text in puzzles]
         ids = checked_ids(self, puzzles)
         rows = checked_rows(self, number, len(ids))
+        if halt == AUTO:
+            halt = _recommended(self.bundle, self.runner.exit)
         policy = self.runner.exit(halt)
         return Solving(
             self,
@@ -380,8 +383,8 @@ def _template(path: Path) -> str:
         ) from error
 
 
-def _recommended(bundle: Bundle) -> str:
-    """The halting policy that the bundle's report recommends."""
+def _recommended(bundle: Bundle, parse: Callable[[str], object]) -> str:
+    """The halting policy that the bundle's report recommends, as `parse` reads it."""
     if REPORT not in bundle.manifest.reports:
         raise UsageError(
             "this bundle has no halting report that could recommend a policy",
@@ -390,7 +393,7 @@ def _recommended(bundle: Bundle) -> str:
         )
     try:
         found = json.loads(read_regular(bundle.path(REPORT), MAX_REPORT))["recommended"]
-        return str(parse_halt(found))
+        return str(parse(found.strip()))  # refuses what is no text, too
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UsageError) as error:
         raise BadBundle(
             f"the halting report recommends no policy: {error}",

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_loop import IDS, ITERATIONS, looped_model, said
+from fake_loop import IDS, ITERATIONS, Graphs, looped_model, said
 from fake_model import fake_model
 
 import edgert
+import edgert.halting_text as timed
 from edgert.bundle import Bundle
 from edgert.errors import BadBundle, UsageError
 from edgert.evaluate import cross_entropy
 from edgert.halting import REPORT, Halt, parse_halt
-from edgert.halting_report import store, sweep, to_json
+from edgert.halting_report import fitted, in_turns, store, to_json
+from edgert.halting_text import sweep
 
 WINDOW = 9
 
@@ -77,10 +79,104 @@ def test_the_cheapest_policy_that_agrees_is_recommended(agreement):
         assert chosen.iterations_mean < ITERATIONS
 
 
+class Machine(Graphs):
+    """Graphs that take a time of their own on a clock of their own: the prologue 2 ms and each
+    iteration 3, times `load`, which may change from call to call."""
+
+    def __init__(self, load=lambda calls: 1.0) -> None:
+        super().__init__()
+        self.now, self.calls, self.load = 0.0, 0, load
+
+    def spend(self, ms: float) -> None:
+        self.calls += 1
+        self.now += ms / 1e3 * self.load(self.calls)
+
+    def enter(self, ids):
+        self.spend(2.0)
+        return super().enter(ids)
+
+    def think(self, h, iteration, lens, kept):
+        self.spend(3.0)
+        return super().think(h, iteration, lens, kept)
+
+
+def measured_on(machine: Machine, monkeypatch, **options):
+    monkeypatch.setattr(timed, "_clock", lambda: machine.now)
+    options = {"thresholds": [0.05, 0.3], "window": WINDOW} | options
+    return sweep(looped_model(machine), IDS, **options)
+
+
+def test_speed_and_ceiling_are_those_of_the_iterations_taken(monkeypatch):
+    """A loop that costs nothing but its graphs reaches what its line allows."""
+    report = measured_on(Machine(), monkeypatch)
+    assert report.line.intercept_ms == pytest.approx(2.0)
+    assert report.line.slope_ms == pytest.approx(3.0)
+    assert report.line.r2 == pytest.approx(1.0)
+    for p in report.points:
+        assert p.latency_ms_mean == pytest.approx(2.0 + 3.0 * p.iterations_mean)
+        assert p.speedup == pytest.approx((2.0 + 3.0 * ITERATIONS) / p.latency_ms_mean)
+        assert p.ceiling == pytest.approx(p.speedup)
+        assert p.ceiling_share == pytest.approx(1.0)
+    assert report.points[3].speedup == pytest.approx(14 / 5)
+    assert 1.0 < report.points[-1].speedup < 14 / 5
+
+
+def test_what_halting_itself_costs_is_missing_from_the_ceilings_share(monkeypatch):
+    """Each decision by a threshold takes 1 ms here: the share says so."""
+    machine = Machine()
+    plain = Halt.single.fget
+
+    def slow(halt: Halt) -> float:
+        machine.now += 1e-3 if halt.threshold else 0.0
+        return plain(halt)
+
+    monkeypatch.setattr(Halt, "single", property(slow))
+    report = measured_on(machine, monkeypatch)
+    for p in report.points:
+        ideal = 2.0 + 3.0 * p.iterations_mean
+        late = 1.0 if p.policy.startswith("settle") else 0.0
+        assert p.ceiling_share == pytest.approx(ideal / (ideal + late))
+
+
+def test_a_machine_that_slows_down_slows_all_policies_alike(monkeypatch):
+    """By half from the first call to the last, and ten times over for one call of fifty."""
+    count = Machine()
+    measured_on(count, monkeypatch, rounds=7)
+
+    def load(calls: int) -> float:
+        return (1.0 + 0.5 * calls / count.calls) * (10.0 if calls % 47 == 0 else 1.0)
+
+    report = measured_on(Machine(load), monkeypatch, rounds=7)
+    assert report.line.r2 > 0.98
+    for p in report.points:
+        assert p.ceiling_share == pytest.approx(1.0, abs=0.05)
+        assert p.speedup == pytest.approx(14 / (2 + 3 * p.iterations_mean), rel=0.08)
+
+
+def test_policies_take_turns():
+    order: list[str] = []
+
+    def run(policy: str, part: int):
+        order.append(f"{policy}{part}")
+        return f"{policy}{len(order)}", np.array([len(order)] * part)
+
+    found = in_turns("abc", [1, 2], run, rounds=3)
+    assert order == ["a1", "b1", "c1", "a2", "b2", "c2"] * 3
+    assert [m.found for m in found] == [["a1", "a4"], ["b2", "b5"], ["c3", "c6"]]
+    medians = [[7.0, 10.0, 10.0], [8.0, 11.0, 11.0], [9.0, 12.0, 12.0]]
+    assert [m.seconds.tolist() for m in found] == medians
+
+
+def test_a_line_through_one_depth_is_flat():
+    line = fitted({1: np.array([0.002, 0.004])})
+    assert (line.intercept_ms, line.slope_ms, line.r2) == (pytest.approx(3.0), 0.0, 1.0)
+
+
 def test_progress_ends_where_it_says():
     seen: list[tuple[int, int]] = []
-    sweep(looped_model(), IDS, thresholds=[0.1], progress=lambda *done: seen.append(done))
-    assert seen == [(i, 6) for i in range(1, 7)]
+    options = {"thresholds": [0.1], "rounds": 2, "window": 12}
+    sweep(looped_model(), IDS, progress=lambda *done: seen.append(done), **options)
+    assert seen == [(i, 20) for i in range(1, 21)]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +186,7 @@ def test_progress_ends_where_it_says():
         ({"window": 9999}, "window = 9999"),
         ({"tokens": 1}, "tokens = 1"),
         ({"agreement": 1.5}, "agreement = 1.5"),
+        ({"rounds": 0}, "rounds = 0"),
         ({"thresholds": [-1.0]}, "threshold"),
     ],
 )

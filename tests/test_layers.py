@@ -35,7 +35,10 @@ RUN_ZONE = (
     Line("__main__"),
     Line("cli"),
     Line("edgert"),
-    Line("api bench doctor evaluate halting_report speculate mailbox recipebook", together=True),
+    Line(
+        "api bench doctor evaluate halting_report halting_text halting_puzzles halting_data halting_picture speculate mailbox recipebook",
+        together=True,
+    ),
     Line("conversation resuming"),
     Line("model session generate snapshot solving puzzles pausing tracing", together=True),
     Line("sessionfile solvingfile"),

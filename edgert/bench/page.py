@@ -15,13 +15,9 @@ from edgert.bench import svg
 from edgert.bench.card import card, megabytes, milliseconds, place, power_text, speed
 from edgert.bench.measure import PARTS
 
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fafaf8;--panel:#fff;--ink:#1c1e21;--soft:#62676e;
---rule:#e3e3df;--accent:#1f6fb5;--band:#1f6fb530;--mark:#b4471f;
---p1:#8a63c2;--p2:#1f6fb5;--p3:#a3680e;--p4:#1f7f64;--p5:#6d737a;--in:#fff}
-@media (prefers-color-scheme:dark){:root{--bg:#15171a;--panel:#1d2024;--ink:#e8e9ea;--soft:#9ba1a8;
---rule:#33373c;--accent:#6db1ee;--band:#6db1ee38;--mark:#f08a5d;
---p1:#b091e0;--p2:#6db1ee;--p3:#e6ae55;--p4:#5cc4a3;--p5:#969ca3;--in:#15171a}}
+_STYLE = (
+    svg.STYLE
+    + """\
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
@@ -39,15 +35,6 @@ margin-top:20px}
 .tile span{color:var(--soft);font-size:13px}
 .ok{color:var(--p4);font-weight:600}
 svg{display:block;width:100%;height:auto;margin-top:6px}
-svg text{font-size:12px;fill:var(--soft)}
-.tick,.name,.in{text-anchor:middle}.left{text-anchor:end}
-svg .name{fill:var(--mark)}svg .in{fill:var(--in);font-size:13px}
-.grid{stroke:var(--rule);stroke-width:1}
-.line{fill:none;stroke:var(--accent);stroke-width:2;stroke-linejoin:round}
-.band{fill:var(--band)}.bar{fill:var(--accent)}
-.mark{stroke:var(--mark);stroke-width:1.5;stroke-dasharray:4 3}
-.part1{fill:var(--p1)}.part2{fill:var(--p2)}.part3{fill:var(--p3)}.part4{fill:var(--p4)}
-.part5{fill:var(--p5)}
 .legend{display:flex;flex-wrap:wrap;gap:6px 20px;margin-top:10px;font-size:13.5px}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
 .legend b{font-weight:600}
@@ -61,6 +48,7 @@ table.figures th:first-child{text-align:left}
 pre{overflow:auto;margin:8px 0 0;font:12.5px/1.45 ui-monospace,Menlo,Consolas,monospace}
 summary{cursor:pointer}
 """
+)
 
 _DECLARED = {
     "model": ("name", "model_params", "model_id"),

@@ -1,13 +1,14 @@
-"""Three small plots as SVG text: a line with its band, a histogram, a bar of parts.
+"""Four small plots as SVG text: a line with its band, a histogram, a bar of parts, a choice.
 
-Colours are CSS variables of the page around them, so they follow light and dark. All text is
-escaped here; numbers are our own.
+They take their looks from `STYLE`, which the page around them has (or `alone` adds); it follows
+light and dark. All text is escaped here; numbers are our own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
@@ -17,6 +18,26 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 26, 36
 _INNER_W, _INNER_H = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 _MOST_POINTS = 600  # of a line: more are thinned out by taking medians
 _BINS = 40
+_NAME = 100  # half the width of a name
+
+STYLE = """
+:root{color-scheme:light dark;--bg:#fafaf8;--panel:#fff;--ink:#1c1e21;--soft:#62676e;
+--rule:#e3e3df;--accent:#1f6fb5;--band:#1f6fb530;--mark:#b4471f;
+--p1:#8a63c2;--p2:#1f6fb5;--p3:#a3680e;--p4:#1f7f64;--p5:#6d737a;--in:#fff}
+@media (prefers-color-scheme:dark){:root{--bg:#15171a;--panel:#1d2024;--ink:#e8e9ea;--soft:#9ba1a8;
+--rule:#33373c;--accent:#6db1ee;--band:#6db1ee38;--mark:#f08a5d;
+--p1:#b091e0;--p2:#6db1ee;--p3:#e6ae55;--p4:#5cc4a3;--p5:#969ca3;--in:#15171a}}
+svg text{font-size:12px;fill:var(--soft)}
+.tick,.name,.in{text-anchor:middle}.left{text-anchor:end}
+svg .name{fill:var(--mark)}svg .in{fill:var(--in);font-size:13px}
+.grid{stroke:var(--rule);stroke-width:1}
+.line{fill:none;stroke:var(--accent);stroke-width:2;stroke-linejoin:round}
+.band{fill:var(--band)}.bar{fill:var(--accent)}
+.mark{stroke:var(--mark);stroke-width:1.5;stroke-dasharray:4 3}
+.part1{fill:var(--p1)}.part2{fill:var(--p2)}.part3{fill:var(--p3)}.part4{fill:var(--p4)}
+.part5{fill:var(--p5)}
+.dot{fill:var(--soft);fill-opacity:.75}.own{fill:var(--accent)}.chosen{fill:var(--mark)}
+"""
 
 
 def band(rows: Sequence[Sequence[float]], *, x: str, y: str, label: str) -> str:
@@ -83,6 +104,47 @@ def histogram(values: Sequence[float], marks: Mapping[str, float], *, x: str, la
         body.append(_below(_x(i / 4), _tick(lowest + (highest - lowest) * i / 4)))
     body.append(_axis(x))
     return _svg(label, body)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One of the things to choose from: where it lies, its name, and `dot`, `own` or `chosen`."""
+
+    x: float
+    y: float
+    name: str
+    kind: str
+
+
+def choice(
+    dots: Sequence[Dot], line: Sequence[tuple[float, float]], *, x: str, y: str, label: str
+) -> str:
+    """Dots with the line through the best of them. A name is written at those that are chosen,
+    and shown at the others when they are pointed at."""
+    right = _ceiling(max(dot.x for dot in dots))
+    top = _ceiling(max(dot.y for dot in dots))
+    places = " ".join(f"{_x(a / right):.1f},{_y(b / top):.1f}" for a, b in line)
+    body = [_grid(top, y), f'<polyline class="line" points="{places}"/>']
+    for dot in dots:
+        at, height = _x(dot.x / right), _y(dot.y / top)
+        body.append(
+            f'<circle class="{dot.kind}" cx="{at:.1f}" cy="{height:.1f}" r="4.5">'
+            f"<title>{escape(dot.name)}</title></circle>"
+        )
+        if dot.kind == "chosen":  # its name stays inside the picture
+            middle = min(max(at, _LEFT + _NAME), WIDTH - _RIGHT - _NAME)
+            under = height + 18 if dot.y / top > 0.2 else height - 10
+            name = escape(dot.name)
+            body.append(f'<text class="name" x="{middle:.1f}" y="{under:.1f}">{name}</text>')
+    body += [_below(_x(i / 4), _tick(right * i / 4)) for i in range(5)]
+    body.append(_axis(x))
+    return _svg(label, body)
+
+
+def alone(plot: str) -> str:
+    """A plot as a file of its own."""
+    head, _, rest = plot.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}</style>{rest}\n'
 
 
 def parts(values: Mapping[str, float], *, label: str) -> str:

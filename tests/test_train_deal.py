@@ -1,4 +1,4 @@
-"""The puzzles that a model is shown: in which order, how turned, how easy, and never held-out ones."""
+"""The puzzles that a model is shown: their order, how turned, how easy, and none held out."""
 
 from __future__ import annotations
 

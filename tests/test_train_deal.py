@@ -12,7 +12,7 @@ from edgert.progress import Reporter
 from edgert.tasks import find
 from edgert.tasks.puzzleset import open_puzzleset
 from edgert.tasks.sudoku_symmetry import canonical
-from edgert.train.deal import Dealer, ease, turner
+from edgert.train.deal import Dealer, ease, name_of, turner
 from edgert.train.puzzle_data import PuzzleMaterial, prepare_puzzles
 from edgert.train.recipe import read_recipe
 
@@ -90,3 +90,23 @@ def test_easing_gives_cells_of_the_answer_and_turning_keeps_the_puzzle():
     square = turner(find("maze-3x3"))
     grid = np.arange(18, dtype=np.int32).reshape(2, 9)
     assert len({square(grid, rng).tobytes() for _ in range(200)}) == 8
+
+
+def test_cells_that_do_not_count_are_turned_with_the_others():
+    """And a grid that breaks a rule, as a foreign data set may have it, is a puzzle of its own."""
+    board, rng = find("sudoku-4x4"), np.random.default_rng(3)
+    turn = turner(board)
+    question = np.array([1, 2, 1, 1] * 4, np.int32)
+    answer = np.array([2, 3, 4, 5, 4, 5, 2, 3, 3, 2, 5, 4, 5, 4, 3, 2], np.int32)
+    answer[question == 2] = -100
+    for _ in range(20):
+        turned = turn(np.stack([question, answer]), rng)
+        assert sorted(np.unique(turned[0]))[0] == 1
+        assert ((turned[1] == -100) == (turned[0] != 1)).all()
+        assert len(np.unique(turned[1][turned[1] != -100])) == 4
+    assert name_of(board, question) == question.tobytes()
+    sound = np.ones(16, np.int32)
+    sound[0] = 2
+    other = np.ones(16, np.int32)
+    other[5] = 4
+    assert name_of(board, sound) == name_of(board, other)

@@ -8,6 +8,7 @@ many processes there are, a row of a batch is the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgert.errors import BadCheckpoint
+from edgert.errors import BadCheckpoint, UsageError
 from edgert.models.importers.common import shown
 from edgert.tasks import Task
 from edgert.tasks.dihedral import COUNT, dihedral
+from edgert.tasks.puzzle import PAD
 from edgert.tasks.puzzleset import IGNORED, PuzzleSet
 from edgert.tasks.sudoku import Sudoku
 from edgert.tasks.sudoku_symmetry import canonical, draw_symmetry
@@ -122,14 +124,26 @@ def ease(question: Cells, answer: Cells, share: float, rng: np.random.Generator)
 
 def name_of(task: Task, question: Cells) -> bytes:
     """What two questions have in common that are one and the same puzzle."""
-    return canonical(task, question) if isinstance(task, Sudoku) else question.tobytes()
+    if isinstance(task, Sudoku):
+        with suppress(UsageError):  # a grid that breaks a rule is of no class: it is only itself
+            return canonical(task, question)
+    return question.tobytes()
 
 
 def turner(task: Task) -> Callable[[Cells, np.random.Generator], Cells]:
     """What turns question and answer [2, S] alike, by a symmetry of the task drawn at random."""
     if isinstance(task, Sudoku):
         board = task
-        return lambda pair, rng: draw_symmetry(board, rng).apply(pair)
+
+        def renamed(pair: Cells, rng: np.random.Generator) -> Cells:
+            symmetry, ignored = draw_symmetry(board, rng), pair == IGNORED
+            if not ignored.any():
+                return symmetry.apply(pair)
+            turned = symmetry.apply(np.where(ignored, PAD, pair))
+            turned[1] = np.where(turned[1] == PAD, IGNORED, turned[1])
+            return turned
+
+        return renamed
     rows, columns = task.shape
     ways = range(COUNT) if rows == columns else _HALF_TURN
 

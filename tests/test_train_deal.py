@@ -104,9 +104,10 @@ def test_cells_that_do_not_count_are_turned_with_the_others():
         assert sorted(np.unique(turned[0]))[0] == 1
         assert ((turned[1] == -100) == (turned[0] != 1)).all()
         assert len(np.unique(turned[1][turned[1] != -100])) == 4
-    assert name_of(board, question) == question.tobytes()
+    assert name_of(board, question, True) == name_of(board, question, False)
     sound = np.ones(16, np.int32)
     sound[0] = 2
     other = np.ones(16, np.int32)
     other[5] = 4
-    assert name_of(board, sound) == name_of(board, other)
+    assert name_of(board, sound, True) == name_of(board, other, True)
+    assert name_of(board, sound, False) != name_of(board, other, False)

@@ -37,7 +37,7 @@ class Dealer:
     """Batches of one split of a data set; where it stands is JSON (`state`) and can be put back.
 
     dealt      batches so far
-    forbidden  names of the classes that are held out: no easier form of a puzzle may be of one
+    forbidden  names of the puzzles that are held out: no easier form of another may be one of them
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Dealer:
         self.puzzles, self.task, self.size, self.seed = puzzles, task, batch, seed
         self.growing = data.curriculum * steps
         self.turn = turner(task) if data.augment else None
-        self.forbidden = forbidden
+        self.forbidden, self.by_class = forbidden, data.path is None
         self.epochs = -(-batch // puzzles.groups)  # that an iteration needs to fill a batch
         self.iteration, self.batch, self.dealt = 1, 0, 0
         self._rows: Iterator[NDArray[np.int64]] | None = None
@@ -91,7 +91,7 @@ class Dealer:
         rng = np.random.Generator(np.random.Philox(key=key))
         if share < 1.0:
             eased = ease(question, answer, share, rng)
-            if name_of(self.task, eased) not in self.forbidden:
+            if name_of(self.task, eased, self.by_class) not in self.forbidden:
                 question[:] = eased
         if self.turn is not None:
             question[:], answer[:] = self.turn(np.stack([question, answer]), rng)
@@ -122,12 +122,15 @@ def ease(question: Cells, answer: Cells, share: float, rng: np.random.Generator)
     return np.where(given, answer, question)
 
 
-def name_of(task: Task, question: Cells) -> bytes:
-    """What two questions have in common that are one and the same puzzle."""
-    if isinstance(task, Sudoku):
+def name_of(task: Task, question: Cells, by_class: bool) -> bytes:
+    """What two questions have in common that are one and the same puzzle.
+
+    by_class  up to the symmetries of the task, as puzzles that are made are split
+    """
+    if by_class and isinstance(task, Sudoku):
         with suppress(UsageError):  # a grid that breaks a rule is of no class: it is only itself
             return canonical(task, question)
-    return question.tobytes()
+    return question.astype(np.uint16).tobytes()
 
 
 def turner(task: Task) -> Callable[[Cells, np.random.Generator], Cells]:

@@ -65,7 +65,12 @@ def test_the_bidirectional_form(tmp_path, name):
         most = model.manifest.program.loop.iterations
         work = model.solving(np.tile(ids, (8, 1))[:5], batch=4, halt=f"trained:9:1:{most}")
         assert [s.steps for s in work.run()] == [most] * 5
+        # Paused in the middle: the count of cycles, and the sum of their signals, are kept.
         staggered = model.solving(np.tile(ids, (8, 1))[:7], batch=4)
+        while not staggered.done:
+            staggered.step()
+            staggered.save(tmp_path / "s.session")
+            staggered = edgert.resume_solving(tmp_path / "s.session", model)
         steps = case["per_sample_cycles"].tolist() * 4
         assert [s.steps for s in staggered.run()] == steps[:7]
 

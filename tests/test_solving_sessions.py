@@ -80,7 +80,7 @@ def test_pausing_behind_every_iteration_changes_nothing(model, tmp_path):
 
 
 def test_a_chain_of_deadlines_and_files_is_one_run(model, tmp_path):
-    """Each process does one iteration; a sum of signals is carried along, too."""
+    """Each of them does one iteration."""
     want = solving(model, halt="full").run()
     path = tmp_path / "s.session"
     work = solving(model, halt="full")

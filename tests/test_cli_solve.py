@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -154,6 +155,17 @@ def test_many_puzzles_are_a_line_each(solve, tmp_path, monkeypatch):
     assert lines[10:] == ["9 of 10 solved · 1.00 segments a puzzle"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{SOLVED}\n".encode())))
     assert "solved: valid" in solve("-f", "-").out
+
+
+def test_the_page_runs_as_written(copier_bundle, tmp_path, monkeypatch):
+    """Block by block; they share their names."""
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[1] / "docs" / "solving.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    names = {"BUNDLE": copier_bundle}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"docs/solving.md, block {number}", "exec"), names)
 
 
 FOUR, MAZE, ARC = find("sudoku-4x4"), find("maze-3x4"), find("arc-30x30")

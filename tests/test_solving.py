@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import edgert
 from edgert.errors import BadBundle, OutOfMemory, UsageError
 from edgert.solving import Solving
 from edgert.state import stored_array
+from edgert.tasks import find, of_size
 
 CASE = next(case for case in cases("hrm") if case.name == "orig_rope_puzzle")
 TOLERANCE = 1e-3  # of the case itself, free-running
@@ -98,6 +100,16 @@ def test_what_was_left_off_goes_on_as_if_it_had_not_been(model):
         work.extend(-1)
 
 
+def test_closed_work_is_not_gone_on_with(model, tmp_path):
+    with solving(model) as work:
+        work.step()
+    work.close()
+    for use in (work.run, work.stop, lambda: work.save(tmp_path / "s.session")):
+        with pytest.raises(UsageError, match="the work is closed"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
 def test_work_is_cancelled_from_elsewhere_behind_its_iteration(model):
     work = solving(model, halt="full")
     work.cancel()
@@ -166,6 +178,29 @@ def test_a_table_that_is_none_is_refused(model, tmp_path):
     for path in (*files, tmp_path / "archive.npz"):
         with pytest.raises(BadBundle, match="table"):
             stored_array(path, "table", "float32", (size,), rows=True)
+
+
+def test_puzzles_of_another_size_than_the_models_are_a_broken_bundle(model, monkeypatch):
+    monkeypatch.setattr(model, "manifest", replace(model.manifest, task="sudoku-9x9"))
+    with pytest.raises(BadBundle, match="of 81 cells of 11 tokens, and the model has 25 of 7"):
+        model.solve("1" * 81)
+
+
+@pytest.mark.parametrize(
+    ("cells", "vocab", "names"),
+    [
+        (81, 11, ["sudoku-9x9"]),
+        (900, 12, ["arc-30x30"]),
+        (900, 6, ["maze-30x30"]),
+        (36, 8, ["sudoku-6x6", "sudoku-6x6-boxes-3x2"]),
+        (16, 6, ["sudoku-4x4", "maze-4x4"]),
+        (25, 7, []),
+    ],
+)
+def test_a_size_names_the_tasks_that_have_it(cells, vocab, names):
+    assert of_size(cells, vocab) == names
+    for name in names:
+        assert (find(name).seq_len, find(name).vocab_size) == (cells, vocab)
 
 
 def test_what_is_no_puzzle_is_refused(model):

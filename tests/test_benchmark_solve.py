@@ -9,20 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
-import numpy as np
 import pytest
 import torch
 from cases import cases
+from small_solver import DEPTH, MADE, random_network, small_bundle
 
-from edgert.export.write import ExportOptions, export_bundle
-from edgert.models.importers.common import Imported
 from edgert.models.importers.hrm import read_hrm
-from edgert.tasks.maze import Maze
-from edgert.tasks.maze_make import make
+from edgert.tasks.sudoku import FOUR
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CASE = next(case for case in cases("hrm") if case.name == "orig_rope_puzzle")
-LEARNED = next(case for case in cases("hrm") if case.name == "orig_learned_nopuzzle")
 
 
 @pytest.fixture(autouse=True)
@@ -30,17 +26,13 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def network(case):
-    source = case.folder if case is LEARNED else case.folder / "step_1234"
-    return read_hrm(source, settings={"seq_len": int(case["inputs"].shape[1])}).model
-
-
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_the_plain_solver_says_what_the_published_model_says(batch):
     """At full depth, in whatever batches; with a puzzle embedding and rotary positions."""
     from plain_solve import Segment, solved
 
-    model = network(CASE)
+    settings = {"seq_len": int(CASE["inputs"].shape[1])}
+    model = read_hrm(CASE.folder / "step_1234", settings=settings).model
     ids = torch.from_numpy(CASE["inputs"])
     puzzle = model.puzzle_rows(torch.from_numpy(CASE["puzzle_identifiers"]))
     found = solved(model, Segment(model), ids, puzzle, batch)
@@ -122,14 +114,12 @@ def test_a_set_runs_early_at_full_depth_and_eagerly(tmp_path, monkeypatch):
     import solve_worker
     from solve import set_summary
 
-    model, maze = network(CASE), Maze(5, 5)
-    imported = Imported(*(model, "rope", None, None, None, (), {}, {}, ()), task=maze.name)
-    export_bundle(imported, tmp_path / "bundle", ExportOptions(lowerings=("ort",)))
+    model = random_network()
+    bundle = small_bundle(model, tmp_path / "bundle")
     monkeypatch.setattr(solve_worker, "weights", lambda path: model)
-    rows = [make(maze, np.random.default_rng(seed)) for seed in range(9)]
-    (tmp_path / "mazes").write_text("\n".join(maze.text(q) for q, _ in rows))
-    orders = {"bundle": str(tmp_path / "bundle"), "source": "", "data": str(tmp_path / "mazes")}
-    orders |= {"threads": torch.get_num_threads(), "puzzles": 8, "batch": 3, "halt": None}
+    (tmp_path / "boards").write_text("\n".join(FOUR.text(question) for question, _ in MADE))
+    orders = {"bundle": str(bundle), "source": "", "data": str(tmp_path / "boards")}
+    orders |= {"threads": torch.get_num_threads(), "puzzles": 5, "batch": 3, "halt": None}
     sides = {}
     for name in ("early", "full", "eager"):
         run, facts = solve_worker.SIDES[name](orders | {"side": name})
@@ -137,10 +127,10 @@ def test_a_set_runs_early_at_full_depth_and_eagerly(tmp_path, monkeypatch):
         ms = found["step_s"][0] * 1e3
         sides[name] = SimpleNamespace(runs=[found], facts=facts, step_ms=lambda ms=ms: [ms])
     report = set_summary(sides)
-    assert report["puzzles"] == 8
+    assert report["puzzles"] == 5
     assert report["equal_answers"] == 1.0
-    assert report["segments"]["full"] == 5.0
-    assert 1.0 <= report["segments"]["early"] <= 5.0
+    assert report["segments"]["full"] == DEPTH
+    assert 1.0 < report["segments"]["early"] < DEPTH
     assert 0.0 < report["host_share"] < 1.0
 
 

@@ -4,8 +4,8 @@
     python benchmarks/solve.py BUNDLE --source RUN --data heldout.txt [--threads 2]  and a set
 
 Segment  one segment of the published size, random weights, one puzzle: the `ort` lowering, eager
-         torch, torch.compile. The states behind them must be equal. The limit is what its matrix
-         products alone take, at the best speed that torch or ONNX Runtime reach for them here.
+         torch, torch.compile. The states behind the first must be equal. The limit is what its
+         matrix products alone take, at the best speed that torch or ONNX Runtime reach in them.
 Set      the same puzzles through a bundle by its halting policy and at full depth, and eagerly at
          full depth. Early exit is held against what the segments that it saves allow.
 
@@ -26,7 +26,7 @@ import numpy as np
 from sides import Side, over
 
 WORKER = "solve_worker.py"
-TOLERANCE = 1e-3  # between states, free-running
+TOLERANCE = 1e-3  # between states behind a segment
 EQUAL = 0.99
 """Least share of puzzles to which all sides at full depth give the same answer; what rounding turns
 over in a network that is unsure may differ."""

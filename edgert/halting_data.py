@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import BadFile, UsageError
-from edgert.solving import Solution, checked_ids
+from edgert.solving import Solution
 from edgert.tasks import Task
 from edgert.tasks.puzzle import Tokens
 from edgert.tasks.puzzleset import IGNORED, open_puzzleset
@@ -125,11 +125,11 @@ def _file(model: Model, path: Path, most: int) -> Puzzles:
         where = f"{path}, line {line}"
         question, *solution = _BETWEEN.split(text)
         try:
-            ids = task.parse(question)
+            cells = task.parse(question)
             if len(solution) > 1:
                 raise UsageError(f"the line has {len(solution) + 1} fields instead of 1 or 2")
-            answer = answered(solution[0]) if solution else np.full_like(ids, IGNORED)
-            verdict = task.check(ids, answer if solution else ids)
+            answer = answered(solution[0]) if solution else np.full_like(cells, IGNORED)
+            verdict = task.check(cells, answer if solution else cells)
         except UsageError as error:
             inside = f", {error.where}" if error.where else ""
             raise UsageError(error.what, where=where + inside, do=error.do) from error
@@ -141,17 +141,11 @@ def _file(model: Model, path: Path, most: int) -> Puzzles:
                 where=where,
                 do="add it behind a comma",
             )
-        asked.append(ids)
+        asked.append(cells)
         labels.append(answer)
         known.append(bool(solution))
-    ids_ = checked_ids(model, _stacked(asked, model))
-    number = np.zeros(len(ids_), np.int64)
-    return Puzzles(ids_, number, _stacked(labels, model), np.array(known, np.bool_), task)
-
-
-def _stacked(rows: list[NDArray[np.int32]], model: Model) -> NDArray[np.int32]:
-    shape = (0, model.manifest.context)
-    return np.stack(rows).astype(np.int32) if rows else np.empty(shape, np.int32)
+    ids, answers = (np.array(rows, np.int32).reshape(-1, task.seq_len) for rows in (asked, labels))
+    return Puzzles(ids, np.zeros(len(ids), np.int64), answers, np.array(known, np.bool_), task)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -209,7 +209,8 @@ class Model:
         )
 
     def check_solves(self) -> None:
-        """Raise UsageError unless this is a model that solves, in a variant that can stop early."""
+        """Raise UsageError unless this is an open model that solves, in a stepped variant."""
+        self.runner.check_open()
         if not self.manifest.solves:
             raise UsageError(
                 "this model decodes text, it does not solve puzzles",

@@ -131,6 +131,7 @@ def _checked(model: Model, saved: SavedSolving, where: str) -> Exit:
     wanted = {
         f"carry.{name}": (spec.dtype, resolve(spec.shape[1:], {}))
         for name, spec in loop.values.items()
+        if len(seats.index)  # before the first iteration there are no rows
     }
     wanted |= {f"result.{n}": kind for n, kind in _results(model, saved.logits).items()}
     if tensors.keys() != wanted.keys():

@@ -85,8 +85,7 @@ class Solving:
     rows     of each table, int64 [n]: which row belongs to which puzzle
     batch    rows in the loop at most
     deadline_ms  for all of it; what is not done by then gets its answer so far
-    on_step  is shown every row behind every iteration; returning False stops the work, reason
-             `cancelled`
+    on_step  is shown every row behind every iteration; returning False cancels the work
     logits   keep those of each answer, float32 [S, V]
 
     `answers` are those so far, by the index of the puzzle. `stopped` says why the work was left
@@ -120,14 +119,14 @@ class Solving:
         self.waiting = 0  # the first puzzle that has not entered yet
         self.iterations = 0  # of the body so far, whatever the number of rows
         self.graph_ns = 0  # time inside the graph calls
+        self._slots: Slots | None = None
+        self._seats: list[Row | None] = []
+        self._failed = self._closed = False
         self._begun = time.perf_counter_ns()
         self._ended: int | None = None
         self._ends: float | None = None
         self.extend(deadline_ms)
         self._entrance = Entrance(model.runner)
-        self._slots: Slots | None = None
-        self._seats: list[Row | None] = []
-        self._failed = False
 
     @property
     def done(self) -> bool:
@@ -146,9 +145,10 @@ class Solving:
         """Go on where the work was left off, until a deadline from now on. Raises UsageError."""
         if deadline_ms is not None and not 0 <= deadline_ms < float("inf"):
             raise UsageError(f"a deadline of {deadline_ms} ms is not possible", do="use 0 or more")
-        if self._ended is not None:
+        if self._ended is not None and not self.done:
             self._begun += time.perf_counter_ns() - self._ended
-        self.stopped, self._cancelled, self._ended = None, False, None
+            self._ended = None
+        self.stopped, self._cancelled = None, False
         self._ends = None if deadline_ms is None else time.perf_counter() + deadline_ms / 1e3
 
     def __iter__(self) -> Iterator[tuple[int, Solution]]:
@@ -162,10 +162,8 @@ class Solving:
         return [self.answers[i] for i in range(len(self.ids))]
 
     def step(self) -> list[tuple[int, Solution]]:
-        """One iteration of every row in the loop; what is done with it.
-
-        Raises UsageError (the model is closed), OutOfMemory, Poisoned behind a failure.
-        """
+        """One iteration of every row in the loop; what is done with it. Raises UsageError (it or
+        the model is closed), OutOfMemory, Poisoned behind a failure."""
         self.check()
         if self.done:
             return []
@@ -183,7 +181,7 @@ class Solving:
         found = self._collect(slots)
         self._failed = False
         enough = self.on_step is not None and self._show(slots)
-        if self._finished():  # not the property: it was false above
+        if self._finished():
             self._ended = time.perf_counter_ns()
         elif enough or self._cancelled:
             found += self.stop("cancelled")
@@ -194,7 +192,9 @@ class Solving:
         self._cancelled = True
 
     def check(self) -> None:
-        """Raise UsageError if the model is closed, Poisoned if an iteration failed."""
+        """Raise UsageError if it or the model is closed, Poisoned if an iteration failed."""
+        if self._closed:
+            raise UsageError("the work is closed", do="solve the puzzles anew")
         self.model.runner.check_open()
         if self._failed:
             raise Poisoned("an earlier iteration failed", do="solve the puzzles anew")
@@ -377,8 +377,7 @@ class Solving:
 
     def close(self) -> None:
         """Let go of the rows; `answers` stay. Closing twice does nothing."""
-        self._slots, self._seats = None, []
-        self.waiting = len(self.ids)
+        self._closed, self._slots = True, None
         if self.owns_model:
             self.model.close()
 

@@ -57,6 +57,31 @@ def tiny_exported_bundle(tiny_bundle) -> Path:
 
 
 @pytest.fixture(scope="session")
+def rope_bundle(tmp_path_factory) -> Path:
+    """Case hrm/orig_rope_puzzle, a model that solves, in both lowerings: with a table of puzzles,
+    and nothing that says what they are."""
+    from edgert.export.pipeline import export_source
+
+    out = tmp_path_factory.mktemp("bundles") / "rope"
+    export_source(HERE / "hrm" / "orig_rope_puzzle" / "step_1234", out, settings={"seq_len": 25})
+    return out
+
+
+@pytest.fixture(scope="session")
+def copier_bundle(tmp_path_factory) -> Path:
+    """`copier.copier`: a model that solves sudoku-4x4, where it is solved already."""
+    from copier import copier
+
+    from edgert.export.pipeline import export_source
+
+    folder = tmp_path_factory.mktemp("bundles")
+    source = copier(folder / "checkpoint")
+    out = folder / "sudoku4"
+    export_source(source, out, task="sudoku-4x4", lowerings=("ort",))
+    return out
+
+
+@pytest.fixture(scope="session")
 def saved_session(tmp_path_factory, tiny_bundle) -> Path:
     """A session of `tiny_bundle`, saved behind an answer of 20 tokens."""
     import edgert

@@ -9,40 +9,41 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import cases
+import torch
+from small_solver import DEPTH, MADE, random_network, small_bundle
 
 import edgert
 import edgert.halting_puzzles as halting
 from edgert.bundle import Bundle
 from edgert.errors import BadBundle, BadFile, UsageError
-from edgert.export.write import ExportOptions, export_bundle
 from edgert.halting import REPORT
 from edgert.halting_data import Puzzles, read_puzzles
 from edgert.halting_picture import best_of, picture
 from edgert.halting_puzzles import PuzzlePoint, sweep
 from edgert.halting_report import QUANTILES, store, to_json
-from edgert.models.importers.common import Imported
-from edgert.models.importers.hrm import read_hrm
-from edgert.tasks.maze import Maze
-from edgert.tasks.maze_make import make
 from edgert.tasks.puzzleset import IGNORED
 from edgert.tasks.puzzleset_write import PuzzleRows, write_puzzleset
+from edgert.tasks.sudoku import FOUR, Sudoku
 
-CASE = next(case for case in cases("hrm") if case.name == "orig_rope_puzzle")
-DEPTH = len(CASE["logits"])
-MAZE = Maze(5, 5)
-MADE = [make(MAZE, np.random.default_rng(seed)) for seed in range(6)]
+ASKED = np.stack([question for question, _ in MADE])
+NUMBERS = np.arange(6)
+NETWORK = random_network()
+
+
+def eager(**options):
+    """What the eager model says: answers [n, S], steps [n], and how much halting leads [n]."""
+    rows = NETWORK.puzzle_rows(torch.from_numpy(NUMBERS))
+    found = NETWORK.solve(torch.from_numpy(ASKED), rows, **options)
+    return (
+        found.logits.argmax(-1).int().numpy(),
+        found.steps.numpy(),
+        (found.q[:, 0] - found.q[:, 1]).numpy(),
+    )
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
-    """Random weights that halt behind 1, 3 and 5 segments; said to be for mazes."""
-    source = CASE.folder / "step_1234"
-    network = read_hrm(source, settings={"seq_len": int(CASE["inputs"].shape[1])}).model
-    imported = Imported(*(network, "rope", None, None, None, (), {}, {}, ()), task=MAZE.name)
-    out = tmp_path_factory.mktemp("solver") / "bundle"
-    export_bundle(imported, out, ExportOptions(lowerings=("ort",)))
-    return out
+    return small_bundle(NETWORK, tmp_path_factory.mktemp("solver") / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -52,29 +53,28 @@ def model(bundle):
 
 
 def known(times: int = 2, **changes) -> Puzzles:
-    """The case's puzzles; their solutions are what the published model says when it halts, but of
-    the last one, where it is what it says at the end."""
-    labels = CASE["early_exit_logits"].argmax(-1).astype(np.int32)
-    count = times * len(labels)
-    made = Puzzles(
-        np.tile(CASE["inputs"], (times, 1)),
-        np.tile(CASE["puzzle_identifiers"], times).astype(np.int64),
-        np.tile(labels, (times, 1)),
-        np.ones(count, np.bool_),
-        None,
-    )
+    """Puzzles whose solutions are said to be what the eager model says when it halts."""
+    labels = np.tile(eager(early_exit=True)[0], (times, 1))
+    asked, numbers = np.tile(ASKED, (times, 1)), np.tile(NUMBERS, times)
+    made = Puzzles(asked, numbers, labels, np.ones(len(labels), np.bool_), None)
     return replace(made, **changes)
 
 
 def at_depth(n: int) -> float:
-    """The share of the case's puzzles that `known` calls right behind n segments."""
-    labels = CASE["early_exit_logits"].argmax(-1)
-    return float((CASE["logits"][n - 1].argmax(-1) == labels).all(-1).mean())
+    """The share of them that are answered like that behind n segments."""
+    return float((eager(max_steps=n)[0] == eager(early_exit=True)[0]).all(-1).mean())
+
+
+def test_the_network_halts_here_and_there():
+    """Or the tests below would show little."""
+    steps = eager(early_exit=True)[1]
+    assert len(set(steps.tolist())) >= 3
+    assert at_depth(DEPTH) < 1.0
 
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_every_policy_is_measured_on_the_same_puzzles(model, batch, monkeypatch):
-    """Accuracy and segments are the published model's, at each depth and by its own rule."""
+    """Accuracy and segments are the eager model's, at each depth and by its own rule."""
     monkeypatch.setattr(halting, "PART", 4 // batch)
     report = sweep(model, known(), thresholds=[0.0, 1e30], batch=batch, rounds=2)
     names = ["full", *(f"fixed:{n}" for n in range(DEPTH - 1, 0, -1))]
@@ -83,13 +83,13 @@ def test_every_policy_is_measured_on_the_same_puzzles(model, batch, monkeypatch)
         assert (point.iterations_mean, point.iterations_p95, point.halted) == (n, n, 0.0)
         assert point.exact == pytest.approx(at_depth(n))
     rule, same, never = report.points[DEPTH:]
-    steps = CASE["early_exit_step"]
+    steps, halted = eager(early_exit=True)[1:]
     assert rule.iterations_mean == same.iterations_mean == pytest.approx(steps.mean())
     assert rule.iterations_p95 == np.percentile(np.tile(steps, 2), 95)
-    assert (rule.exact, rule.halted) == (1.0, 1.0)
+    assert (rule.exact, rule.halted) == (1.0, pytest.approx((halted > 0).mean()))
     assert (never.iterations_mean, never.halted) == (DEPTH, 0.0)
     assert never.exact == report.full.exact < 1.0
-    assert (report.iterations, report.puzzles, report.rounds, report.batch) == (DEPTH, 6, 2, batch)
+    assert (report.iterations, report.puzzles, report.rounds, report.batch) == (DEPTH, 12, 2, batch)
     assert [n for n, _ in report.line.points] == list(range(1, DEPTH + 1))
     assert report.full.speedup == 1.0
     assert 0.0 < report.host_share < 1.0
@@ -99,7 +99,7 @@ def test_every_policy_is_measured_on_the_same_puzzles(model, batch, monkeypatch)
 def test_thresholds_come_from_the_signals_at_full_depth(model):
     """Those of segments 1 to T - 1, one puzzle behind another; all of them make a difference."""
     report = sweep(model, known(), rounds=1)
-    lead = (CASE["q_halt_logits"] - CASE["q_continue_logits"])[:-1]
+    lead = np.stack([eager(max_steps=n)[2] for n in range(1, DEPTH)])
     thresholds = [float(p.policy.split(":")[1]) for p in report.points[DEPTH + 1 :]]
     assert thresholds == sorted(set(thresholds))
     assert len(thresholds) > 4
@@ -144,11 +144,11 @@ def lines(path: Path, *rows: str) -> Path:
 
 def test_a_file_of_puzzles_with_and_without_solutions(model, tmp_path):
     """The checker judges where no solution is given, and says the same as the solution."""
-    asked = [MAZE.text(question) for question, _ in MADE]
-    solved = [MAZE.text(answer) for _, answer in MADE]
+    asked = [FOUR.text(question) for question, _ in MADE]
+    solved = [FOUR.text(answer) for _, answer in MADE]
     rows = [*asked[:2], "", *(f"{a},{s}" for a, s in zip(asked[2:4], solved[2:4], strict=True))]
     rows += [f"{a}\t{s}" for a, s in zip(asked[4:], solved[4:], strict=True)]
-    found = read_puzzles(model, lines(tmp_path / "mazes", *rows), 100)
+    found = read_puzzles(model, lines(tmp_path / "boards", *rows), 100)
     assert found.known.tolist() == [False] * 2 + [True] * 4
     assert found.judged_by == "solutions and rules"
     np.testing.assert_array_equal(found.ids, [question for question, _ in MADE])
@@ -162,7 +162,7 @@ def test_a_file_of_puzzles_with_and_without_solutions(model, tmp_path):
     assert said([answer for _, answer in MADE]) == [True] * 6
     assert said([question for question, _ in MADE]) == [False] * 6
     assert said([None] * 6) == [False] * 6
-    assert len(read_puzzles(model, tmp_path / "mazes", 3)) == 3
+    assert len(read_puzzles(model, tmp_path / "boards", 3)) == 3
 
 
 def test_a_data_set_is_spread_evenly_over_its_test_split(model, tmp_path):
@@ -171,7 +171,7 @@ def test_a_data_set_is_spread_evenly_over_its_test_split(model, tmp_path):
     write_puzzleset(
         tmp_path / "set",
         {"train": [[rows[0]]], "test": [[row] for row in rows]},
-        seq_len=25,
+        seq_len=FOUR.seq_len,
         vocab_size=6,
         identifiers=names,
     )
@@ -182,16 +182,16 @@ def test_a_data_set_is_spread_evenly_over_its_test_split(model, tmp_path):
     assert len(read_puzzles(model, tmp_path / "set", 100)) == 6
     write_puzzleset(
         tmp_path / "other",
-        {"train": [[PuzzleRows(0, np.ones((1, 16), int), np.ones((1, 16), int))]]},
-        seq_len=16,
+        {"train": [[PuzzleRows(0, np.ones((1, 25), int), np.ones((1, 25), int))]]},
+        seq_len=25,
         vocab_size=6,
     )
-    with pytest.raises(UsageError, match="16 cells of 6 values, the model 25"):
+    with pytest.raises(UsageError, match="25 cells of 6 values, the model 16"):
         read_puzzles(model, tmp_path / "other", 3)
 
 
 def test_what_is_no_set_of_puzzles_is_refused(model, tmp_path):
-    question, answer = (MAZE.text(tokens) for tokens in MADE[0])
+    question, answer = (FOUR.text(tokens) for tokens in MADE[0])
     for rows, message in (
         ([question, question[:-1]], "line 2"),
         ([f"{question},{question}"], "the solution is wrong"),
@@ -210,12 +210,12 @@ def test_what_is_no_set_of_puzzles_is_refused(model, tmp_path):
 
 
 def test_where_rules_do_not_decide_solutions_are_needed(model, tmp_path, monkeypatch):
-    undecided = replace(MAZE.check(*MADE[0]), decided=False)
-    monkeypatch.setattr(Maze, "check", lambda *_: undecided)
-    question, answer = (MAZE.text(tokens) for tokens in MADE[0])
+    undecided = replace(FOUR.check(*MADE[0]), decided=False)
+    monkeypatch.setattr(Sudoku, "check", lambda *_: undecided)
+    question, answer = (FOUR.text(tokens) for tokens in MADE[0])
     with pytest.raises(UsageError, match="only a solution tells"):
-        read_puzzles(model, lines(tmp_path / "mazes", question), 10)
-    assert read_puzzles(model, lines(tmp_path / "mazes", f"{question},{answer}"), 10).known.all()
+        read_puzzles(model, lines(tmp_path / "boards", question), 10)
+    assert read_puzzles(model, lines(tmp_path / "boards", f"{question},{answer}"), 10).known.all()
 
 
 def test_the_picture_shows_every_policy_and_the_best_of_them(model):
@@ -238,8 +238,8 @@ def test_the_picture_shows_every_policy_and_the_best_of_them(model):
 
 def test_the_verb_stores_draws_and_prints(run, bundle, tmp_path):
     """And `auto` is what it recommends, from then on."""
-    rows = [f"{MAZE.text(question)},{MAZE.text(answer)}" for question, answer in MADE]
-    data = lines(tmp_path / "mazes", *rows)
+    rows = [f"{FOUR.text(question)},{FOUR.text(answer)}" for question, answer in MADE]
+    data = lines(tmp_path / "boards", *rows)
     with edgert.load(bundle) as model, pytest.raises(UsageError, match="no halting report"):
         model.solving(known(1).ids, halt="auto")
     dry = run("halt", bundle, "--data", data, "--dry-run", "--json", "--rounds", 1)
@@ -288,5 +288,5 @@ def test_a_report_that_recommends_nonsense_is_refused(bundle, model, wrong):
 
 
 def test_a_model_that_solves_nothing_is_refused(model_a_bundle):
-    with edgert.load(model_a_bundle) as decoder, pytest.raises(UsageError, match="decodes tokens"):
+    with edgert.load(model_a_bundle) as decoder, pytest.raises(UsageError, match="solve puzzles"):
         halting.sweep(decoder, known())

@@ -60,8 +60,10 @@ def test_the_readme_shows_commands() -> None:
 
 
 @commands
-def test_every_command_parses(typed) -> None:
+def test_every_command_parses(typed, tmp_path, monkeypatch) -> None:
     """The verb and each option exist, and take such values."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / PUZZLES).touch()  # a file to be read is opened at once
     verb, *rest = typed.arguments
     command = cli.commands[verb]
     with command.make_context(verb, rest) as context:
@@ -76,11 +78,18 @@ def test_every_recipe_that_is_named_is_there(typed) -> None:
             assert (ROOT / argument).is_file()
 
 
+PUZZLES, PAUSED = "puzzles.txt", "puzzles.session"
+
+
 @pytest.fixture(scope="module")
-def files(tiny_bundle, saved_session, tmp_path_factory) -> dict[str, Path]:
-    """What stands in for a named file, by its ending: a session of more than 40 tokens, a text, and
-    a bench of the tiny bundle."""
+def files(tiny_bundle, saved_session, copier_bundle, tmp_path_factory) -> dict[str, Path]:
+    """What stands in for a named file, by its name or its ending: puzzles, and some left off; a
+    session of more than 40 tokens, a text, and a bench of the tiny bundle."""
     folder = tmp_path_factory.mktemp("files")
+    puzzles, paused = folder / PUZZLES, folder / PAUSED
+    puzzles.write_text("1324|4231|2413|3142\n")
+    with edgert.load(copier_bundle) as model:
+        model.solving(puzzles.read_text().split()).save(paused)
     session, text, bench = (folder / f"a{end}" for end in (".session", ".txt", ".json"))
     with edgert.resume(saved_session) as story:
         story.generate(max_tokens=40, ignore_eos=True)
@@ -89,7 +98,8 @@ def files(tiny_bundle, saved_session, tmp_path_factory) -> dict[str, Path]:
     command = ["bench", str(tiny_bundle), "-p", "4", "-n", "4", "-r", "2", "--no-cold-start"]
     with bench.open("w") as out, contextlib.redirect_stdout(out):
         assert main([*command, "--json"]) == 0
-    return {path.suffix: path for path in (session, text, bench)}
+    found = {path.suffix: path for path in (session, text, bench)}
+    return found | {PUZZLES: puzzles, PAUSED: paused}
 
 
 @pytest.mark.parametrize(
@@ -102,18 +112,21 @@ def files(tiny_bundle, saved_session, tmp_path_factory) -> dict[str, Path]:
     ids=str,
 )
 def test_what_is_cheap_runs(
-    typed, tiny_bundle, model_a_bundle, files, tmp_path, monkeypatch, capsys
+    typed, tiny_bundle, model_a_bundle, copier_bundle, files, tmp_path, monkeypatch, capsys
 ) -> None:
     """With a tiny bundle and files in place of those that are named, and somebody at the keyboard
     who says one thing."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Where are you?\n")))
     for argument in typed.arguments:
-        if stand_in := files.get(Path(argument).suffix):
+        if stand_in := files.get(argument) or files.get(Path(argument).suffix):
             (tmp_path / argument).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(stand_in, tmp_path / argument)
+    bundle = model_a_bundle if "--ids" in typed.arguments else tiny_bundle
+    if "bundles/sudoku4" in typed.arguments:
+        bundle = copier_bundle
     arguments = [
-        str(model_a_bundle if "--ids" in typed.arguments else tiny_bundle)
+        str(bundle)
         if argument.startswith("bundles/") and Path(argument).suffix not in files
         else argument
         for argument in typed.arguments

@@ -410,7 +410,7 @@ def test_a_version_that_is_none_is_refused(tmp_path, version):
     assert "format_version is" in refusal(tmp_path / "s", data).what
 
 
-@pytest.mark.parametrize("version", [2, 7, 999999])
+@pytest.mark.parametrize("version", [3, 7, 999999])
 def test_a_newer_version_says_so(tmp_path, version):
     """Whatever else is new in it: here a text, and a dtype that this version does not know."""
 
@@ -420,7 +420,7 @@ def test_a_newer_version_says_so(tmp_path, version):
 
     data = edited(file_of(SAVED, tmp_path / "s"), table=newer)
     error = refusal(tmp_path / "s", data, NewerFormat)
-    assert f"format version {version}, this one reads up to 1" in error.what
+    assert f"format version {version}, this one reads up to 2" in error.what
     assert "pip install --upgrade edgert" in str(error)
     assert error.exit_code == 4
     refusal(tmp_path / "s", data[:-1])  # and a damaged one is damaged
@@ -434,10 +434,10 @@ def test_a_newer_encrypted_version_says_so(tmp_path):
     from edgert.vault import lock
 
     inside = edited(
-        file_of(SAVED, tmp_path / "s"), table=lambda t: t["__metadata__"].update(format_version="2")
+        file_of(SAVED, tmp_path / "s"), table=lambda t: t["__metadata__"].update(format_version="3")
     )
     (tmp_path / "s").write_bytes(lock(inside, KEY))
-    with pytest.raises(NewerFormat, match="format version 2"):
+    with pytest.raises(NewerFormat, match="format version 3"):
         read_session(tmp_path / "s", KEY)
 
 

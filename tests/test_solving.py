@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from cases import cases
 
 import edgert
-from edgert.errors import BadBundle, UsageError
-from edgert.export.write import ExportOptions, export_bundle
-from edgert.models.importers.common import Imported
-from edgert.models.importers.hrm import read_hrm
+from edgert.errors import BadBundle, OutOfMemory, UsageError
 from edgert.solving import Solving
 from edgert.state import stored_array
+from edgert.tasks import find, of_size
 
 CASE = next(case for case in cases("hrm") if case.name == "orig_rope_puzzle")
 TOLERANCE = 1e-3  # of the case itself, free-running
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    source = CASE.folder / "step_1234"
-    network = read_hrm(source, settings={"seq_len": int(CASE["inputs"].shape[1])}).model
-    imported = Imported(network, "rope", None, None, None, (), {}, {}, ())
-    out = tmp_path_factory.mktemp("hrm") / "bundle"
-    verdict = export_bundle(imported, out, ExportOptions(lowerings=("ort",))).verdict
-    assert [check.name for check in verdict.checks] == ["segments", "free"]
-    with edgert.load(out) as loaded:
+def model(rope_bundle):
+    with edgert.load(rope_bundle) as loaded:
         yield loaded
 
 
@@ -82,6 +77,75 @@ def test_a_deadline_gives_the_answer_so_far(model):
     assert shown == [(i, n) for n in (1, 2) for i in range(3)]
 
 
+def test_what_was_left_off_goes_on_as_if_it_had_not_been(model):
+    """The answers so far are given, and then the final ones: those of the uninterrupted run."""
+    whole = solving(model, logits=True).run()
+    work = solving(model, logits=True, deadline_ms=0)
+    assert [s.values is None for s in work.run()] == [True] * 3
+    assert (work.stopped, work.done) == ("deadline", False)
+    work.extend()
+    work.step()
+    halted = {index for index, answer in work.answers.items() if answer.halted}
+    assert {index for index, _ in work.stop("paused")} == set(range(3)) - halted
+    assert {s.reason for s in work.run()} == {"halted", "paused"}
+    spent = work.spent_ns
+    assert work.spent_ns == spent
+    work.extend(deadline_ms=60_000)
+    found = work.run()
+    assert (work.stopped, work.done, work.stop()) == (None, True, [])
+    for got, want in zip(found, whole, strict=True):
+        assert (got.steps, got.reason) == (want.steps, want.reason)
+        np.testing.assert_array_equal(got.results["logits"], want.results["logits"])
+    with pytest.raises(UsageError, match="a deadline of -1 ms"):
+        work.extend(-1)
+
+
+def test_closed_work_is_not_gone_on_with(model, tmp_path):
+    with solving(model) as work:
+        work.step()
+    work.close()
+    for use in (work.run, work.stop, lambda: work.save(tmp_path / "s.session")):
+        with pytest.raises(UsageError, match="the work is closed"):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_is_cancelled_from_elsewhere_behind_its_iteration(model):
+    work = solving(model, halt="full")
+    work.cancel()
+    assert [(s.steps, s.reason) for s in work.run()] == [(1, "cancelled")] * 3
+
+
+def test_a_batch_larger_than_memory_is_refused_before_it_is_allocated(model, monkeypatch):
+    import psutil
+
+    few = SimpleNamespace(available=100_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: few)
+    with pytest.raises(OutOfMemory, match="32 puzzles in the loop at once take"):
+        solving(model, 11).run()
+    assert len(solving(model, batch=1).run()) == 3
+
+
+def test_a_trace_is_what_the_published_model_has_behind_each_segment(model):
+    found = model.trace(CASE["inputs"], number=CASE["puzzle_identifiers"])
+    assert len(found) == len(CASE["logits"])
+    for i, step in enumerate(found):
+        assert step.outputs.keys() == {"logits", "token", "q"}
+        for got, want in (
+            (step.outputs["logits"], CASE["logits"][i]),
+            (step.outputs["q"][:, 0], CASE["q_halt_logits"][i]),
+            (step.signals["halt"], CASE["q_halt_logits"][i] - CASE["q_continue_logits"][i]),
+            (step.states["z_h"], CASE["z_H"][i]),
+            (step.states["z_l"], CASE["z_L"][i]),
+        ):
+            np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+    two = model.trace(CASE["inputs"], 2, number=CASE["puzzle_identifiers"])
+    assert len(two) == 2
+    np.testing.assert_array_equal(two[1].outputs["logits"], found[1].outputs["logits"])
+    with pytest.raises(UsageError):
+        model.trace(CASE["inputs"], 0)
+
+
 @pytest.mark.parametrize(
     "policy", ["settle:0.1", "fixed:0", "fixed:x", "trained:nan", "trained:0:9:2"]
 )
@@ -114,6 +178,29 @@ def test_a_table_that_is_none_is_refused(model, tmp_path):
     for path in (*files, tmp_path / "archive.npz"):
         with pytest.raises(BadBundle, match="table"):
             stored_array(path, "table", "float32", (size,), rows=True)
+
+
+def test_puzzles_of_another_size_than_the_models_are_a_broken_bundle(model, monkeypatch):
+    monkeypatch.setattr(model, "manifest", replace(model.manifest, task="sudoku-9x9"))
+    with pytest.raises(BadBundle, match="of 81 cells of 11 tokens, and the model has 25 of 7"):
+        model.solve("1" * 81)
+
+
+@pytest.mark.parametrize(
+    ("cells", "vocab", "names"),
+    [
+        (81, 11, ["sudoku-9x9"]),
+        (900, 12, ["arc-30x30"]),
+        (900, 6, ["maze-30x30"]),
+        (36, 8, ["sudoku-6x6", "sudoku-6x6-boxes-3x2"]),
+        (16, 6, ["sudoku-4x4", "maze-4x4"]),
+        (25, 7, []),
+    ],
+)
+def test_a_size_names_the_tasks_that_have_it(cells, vocab, names):
+    assert of_size(cells, vocab) == names
+    for name in names:
+        assert (find(name).seq_len, find(name).vocab_size) == (cells, vocab)
 
 
 def test_what_is_no_puzzle_is_refused(model):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from edgert.backends.base import (
-    Array,
     Backend,
     Binding,
     Buffer,
@@ -69,11 +69,13 @@ def default_threads(nbytes: int = SMALL) -> int:
 class OrtBuffer(HostBuffer):
     """Host memory and ONNX Runtime's handle on it; the array lives as long as the handle."""
 
-    def __init__(self, array: Array) -> None:
+    @cached_property
+    def value(self) -> Any:
+        """Made when a graph is bound: a row that is only copied needs none, and it takes as long
+        as a small graph."""
         from onnxruntime import OrtValue
 
-        super().__init__(array)
-        self.value = OrtValue.ortvalue_from_numpy(array)
+        return OrtValue.ortvalue_from_numpy(self._array)
 
 
 class OrtBinding(Binding):

@@ -108,7 +108,7 @@ class Answers:
         several = len(self.questions) > DRAWN
         for question, found, check in zip(self.questions, self.solutions, checks, strict=True):
             if several:
-                steps = f"{found.steps} {self.word} ({found.reason})"
+                steps = f"{found.steps} of {self.solving.exit.most} {self.word} ({found.reason})"
                 click.echo(f"{self._text(found.values) or '-'}  {steps}  {check}")
             else:
                 self._draw(question, found.values, self._beside(found, check))

@@ -222,13 +222,13 @@ def fork(file: Path, bundle: Path | None, output: Path, **given: Any) -> None:
 
 
 def _resumed(file: Path, bundle: Path | None, keys: dict[str, Any]) -> Session:
-    from edgert.cli.talk import resumed
+    from edgert.cli.resumed import resumed
 
     return resumed(file, bundle, _LOADING, keys)
 
 
 def _resumed_solving(file: Path, bundle: Path | None, keys: dict[str, Any]) -> Solving:
-    from edgert.cli.talk import resumed_solving
+    from edgert.cli.resumed import resumed_solving
 
     return resumed_solving(file, bundle, _LOADING | {"deadline_ms": None}, keys)
 

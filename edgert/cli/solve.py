@@ -135,7 +135,8 @@ def _solving(
 ) -> Iterator[tuple[list[Question], Solving, float | None]]:
     """New puzzles, or those of a session, on their model, which is closed at the end; and what
     `_full_depth` measured, if it was asked for."""
-    from edgert.cli.talk import load_bundle, resumed_solving
+    from edgert.cli.resumed import resumed_solving
+    from edgert.cli.talk import load_bundle
 
     if given["session_file"] is not None:
         with resumed_solving(given["session_file"], bundle, given, keys) as solving:

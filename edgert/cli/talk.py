@@ -23,6 +23,7 @@ from edgert.cli.options import (
     sampling,
     sampling_options,
 )
+from edgert.cli.resumed import resumed
 from edgert.cli.show import hashing, note, print_json, size
 
 if TYPE_CHECKING:
@@ -169,50 +170,6 @@ def _session(bundle: Path | None, given: dict[str, Any], keys: dict[str, Any]) -
         return
     with resumed(given["session_file"], bundle, given, keys) as session:
         yield session
-
-
-def resumed(
-    file: Path, bundle: Path | None, given: dict[str, Any], keys: dict[str, Any]
-) -> Session:
-    """The saved session, with the options of `placement` where they were given."""
-    from edgert.resuming import resume
-
-    with hashing(None, quiet=given["quiet"]) as advance:
-        session = resume(file, bundle=bundle, progress=advance, **_placed(given), **keys)
-    _tell(session.notes, given)
-    return session
-
-
-def resumed_solving(
-    file: Path, bundle: Path | None, given: dict[str, Any], keys: dict[str, Any]
-) -> Solving:
-    """Puzzles that were saved, as `resumed`."""
-    from edgert.resuming import resume_solving
-
-    with hashing(None, quiet=given["quiet"]) as advance:
-        solving = resume_solving(
-            file,
-            bundle=bundle,
-            deadline_ms=given["deadline_ms"],
-            progress=advance,
-            **_placed(given),
-            **keys,
-        )
-    _tell(solving.notes, given)
-    return solving
-
-
-def _placed(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of `placement` for what goes on: unset ones stay as they were."""
-    same = {name: given[name] for name in ("device", "precision", "lowering", "variant")}
-    threads, prepack = given["threads"] or None, False if given["low_memory"] else None
-    return same | {"threads": threads, "prepack": prepack}
-
-
-def _tell(notes: tuple[str, ...], given: dict[str, Any]) -> None:
-    if notes:
-        text = "── goes on within tolerance, not bit for bit: " + ", ".join(notes)
-        note(text, quiet=given["quiet"])
 
 
 def _save(session: Session, file: Path | None, keys: dict[str, Any]) -> tuple[Path, int] | None:

@@ -8,6 +8,7 @@ many processes there are, a row of a batch is the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgert.errors import BadCheckpoint
+from edgert.errors import BadCheckpoint, UsageError
 from edgert.models.importers.common import shown
 from edgert.tasks import Task
 from edgert.tasks.dihedral import COUNT, dihedral
+from edgert.tasks.puzzle import PAD
 from edgert.tasks.puzzleset import IGNORED, PuzzleSet
 from edgert.tasks.sudoku import Sudoku
 from edgert.tasks.sudoku_symmetry import canonical, draw_symmetry
@@ -35,7 +37,7 @@ class Dealer:
     """Batches of one split of a data set; where it stands is JSON (`state`) and can be put back.
 
     dealt      batches so far
-    forbidden  names of the classes that are held out: no easier form of a puzzle may be of one
+    forbidden  names of the puzzles that are held out: no easier form of another may be one of them
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Dealer:
         self.puzzles, self.task, self.size, self.seed = puzzles, task, batch, seed
         self.growing = data.curriculum * steps
         self.turn = turner(task) if data.augment else None
-        self.forbidden = forbidden
+        self.forbidden, self.by_class = forbidden, data.path is None
         self.epochs = -(-batch // puzzles.groups)  # that an iteration needs to fill a batch
         self.iteration, self.batch, self.dealt = 1, 0, 0
         self._rows: Iterator[NDArray[np.int64]] | None = None
@@ -89,7 +91,7 @@ class Dealer:
         rng = np.random.Generator(np.random.Philox(key=key))
         if share < 1.0:
             eased = ease(question, answer, share, rng)
-            if name_of(self.task, eased) not in self.forbidden:
+            if name_of(self.task, eased, self.by_class) not in self.forbidden:
                 question[:] = eased
         if self.turn is not None:
             question[:], answer[:] = self.turn(np.stack([question, answer]), rng)
@@ -120,16 +122,31 @@ def ease(question: Cells, answer: Cells, share: float, rng: np.random.Generator)
     return np.where(given, answer, question)
 
 
-def name_of(task: Task, question: Cells) -> bytes:
-    """What two questions have in common that are one and the same puzzle."""
-    return canonical(task, question) if isinstance(task, Sudoku) else question.tobytes()
+def name_of(task: Task, question: Cells, by_class: bool) -> bytes:
+    """What two questions have in common that are one and the same puzzle.
+
+    by_class  up to the symmetries of the task, as puzzles that are made are split
+    """
+    if by_class and isinstance(task, Sudoku):
+        with suppress(UsageError):  # a grid that breaks a rule is of no class: it is only itself
+            return canonical(task, question)
+    return question.astype(np.uint16).tobytes()
 
 
 def turner(task: Task) -> Callable[[Cells, np.random.Generator], Cells]:
     """What turns question and answer [2, S] alike, by a symmetry of the task drawn at random."""
     if isinstance(task, Sudoku):
         board = task
-        return lambda pair, rng: draw_symmetry(board, rng).apply(pair)
+
+        def renamed(pair: Cells, rng: np.random.Generator) -> Cells:
+            symmetry, ignored = draw_symmetry(board, rng), pair == IGNORED
+            if not ignored.any():
+                return symmetry.apply(pair)
+            turned = symmetry.apply(np.where(ignored, PAD, pair))
+            turned[1] = np.where(turned[1] == PAD, IGNORED, turned[1])
+            return turned
+
+        return renamed
     rows, columns = task.shape
     ways = range(COUNT) if rows == columns else _HALF_TURN
 

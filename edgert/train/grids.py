@@ -117,10 +117,11 @@ class SegmentObjective(_Grids):
 
     @torch.no_grad()
     def _pin(self) -> None:
-        """Without lookahead the score of continuing is a constant, whatever decay does to it: its
-        weights begin at 0, and no gradient moves them."""
+        """Without lookahead the score of continuing is a constant, whatever decay does to it, and
+        wherever training began."""
         if not self.config.lookahead:
             share = self.config.halt_above
+            self.network.q_head[:, 1] = 0.0
             self.network.q_bias[1] = math.log(share / (1 - share))
 
     def update(self, step: int) -> None:
@@ -139,7 +140,7 @@ class SegmentObjective(_Grids):
         sign_sgd(table, torch.cat(identifiers), torch.cat(rows), lr, c.puzzle_emb_weight_decay)
 
     def figures(self) -> dict[str, float | None]:
-        """Of the slots that halted in the last step: how many, and how right and late they were."""
+        """Of this process's slots that halted in the last step: how many, how right, how late."""
         sums: dict[str, float] = {}
         for carry, outcome in zip(self.segments.carries, self.segments.outcomes, strict=True):
             for key, value in act.metrics(outcome, carry).items():

@@ -135,7 +135,8 @@ class PuzzleMaterial:
         forbidden: frozenset[bytes] = frozenset()
         if data.curriculum and self.test is not None:
             questions = self.test.batch(np.arange(self.test.examples)).inputs
-            forbidden = frozenset(name_of(self.task, question) for question in questions)
+            by_class = data.path is None
+            forbidden = frozenset(name_of(self.task, each, by_class) for each in questions)
         return Dealer(
             self.train,
             self.task,

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from mutations import bytes_like, change_bytes, json_like, scalars, values_like
 from target import Target, through_file
 
+from edgert.errors import EdgertError
+
 
 def manifest(folder: Path) -> Target:
     """manifest.json, its wiring and its identities."""
@@ -226,10 +228,79 @@ def _sessions(folder: Path) -> tuple[bytes, st.SearchStrategy[bytes], int]:
     )
     path = folder / "seed.session"
     write_session(path, saved)
-    seed = path.read_bytes()
+    return _spoiled(path.read_bytes(), "session")
+
+
+def solving(folder: Path) -> Target:
+    """Files of puzzles that are being solved, changed as session files are."""
+    from edgert.sessionfile import BundleHint
+    from edgert.solvingfile import Answers, SavedSolving, Seats, read_solving, write_solving
+
+    saved = SavedSolving(
+        bundle=BundleHint("tiny", "ab" * 32, "fp32-ort", "cd" * 32, "/b/tiny", "../tiny"),
+        ids=np.array([[1, 2], [3, 4], [5, 6]], np.int32),
+        rows=np.zeros(3, np.int64),
+        seats=Seats(
+            index=np.array([-1, 1], np.int64),
+            steps=np.array([0, 2], np.int64),
+            totals=np.array([0, 0.5], np.float32),
+            carry={"z": np.ones((1, 2, 3), np.float32)},
+        ),
+        answers=Answers(
+            index=np.array([0], np.int64),
+            steps=np.array([1], np.int64),
+            halted=np.array([True]),
+            ns=np.array([5], np.int64),
+            results={"token": np.array([[1, 1]], np.int32)},
+        ),
+        waiting=2,
+        policy="trained:0.0:1:4",
+        batch=2,
+        logits=False,
+        iterations=3,
+        ns=9,
+        graph_ns=4,
+        place={"backend": "onnxruntime"},
+        written_by="edgert",
+        created="2026-01-01T00:00:00Z",
+    )
+    path = folder / "seed.session"
+    write_solving(path, saved)
+    seed, contents, size = _spoiled(path.read_bytes(), "solving")
+    examples = st.one_of(bytes_like([seed], hot=size), contents)
+    return Target([seed], examples, through_file(folder / "a.session", read_solving))
+
+
+def puzzles(folder: Path) -> Target:
+    """Files of puzzles, as each task reads them."""
+    from edgert.tasks import find
+    from edgert.tasks.puzzlefile import read_questions
+
+    tasks = [find(name) for name in ("sudoku-4x4", "maze-3x4", "arc-30x30")]
+    seeds = [
+        b"1...|..3.|.4..|...2\n",
+        b"S..G\n....\n####\n\nS..G....####",
+        b'{"train": [], "test": [{"input": [[1, 2]], "output": [[3]]}]}',
+    ]
+
+    def read(data: bytes) -> None:
+        failures = []
+        for task in tasks:
+            try:
+                read_questions(data, task, "file")
+            except EdgertError as error:
+                failures.append(error)
+        if len(failures) == len(tasks):
+            raise failures[0]
+
+    return Target(seeds, bytes_like(seeds), read)
+
+
+def _spoiled(seed: bytes, kind: str) -> tuple[bytes, st.SearchStrategy[bytes], int]:
+    """A sound file, changed ones whose seal fits, and the bytes of its header."""
     size = 8 + int.from_bytes(seed[:8], "little")
     table = json.loads(seed[8:size])
-    inner = json.loads(table["__metadata__"]["session"])
+    inner = json.loads(table["__metadata__"][kind])
 
     def spelled(header: Any) -> bytes:
         """The file with this header, in the writer's spelling."""
@@ -239,7 +310,7 @@ def _sessions(folder: Path) -> tuple[bytes, st.SearchStrategy[bytes], int]:
 
     def with_inner(value: Any) -> bytes:
         text = json.dumps(value, separators=(",", ":"))
-        return spelled(table | {"__metadata__": table["__metadata__"] | {"session": text}})
+        return spelled(table | {"__metadata__": table["__metadata__"] | {kind: text}})
 
     assert with_inner(inner) == seed
     contents = st.one_of(

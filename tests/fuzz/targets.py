@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime_targets import chat, locked, manifest, onnx, parity, sampling, session, tokenizer
+from runtime_targets import (
+    chat,
+    locked,
+    manifest,
+    onnx,
+    parity,
+    puzzles,
+    sampling,
+    session,
+    solving,
+    tokenizer,
+)
 from source_targets import checkpoint, gguf, gguf_tokenizer, huggingface, recipe
 from target import Target
 from training_targets import trained, training_recipe
@@ -18,6 +29,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     make.__name__: make
     for make in (
         *(manifest, onnx, tokenizer, chat, sampling, session, locked, parity),
+        *(solving, puzzles),
         *(gguf, gguf_tokenizer, checkpoint, huggingface, recipe),
         *(training_recipe, trained),
     )

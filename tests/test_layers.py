@@ -36,7 +36,8 @@ RUN_ZONE = (
     Line("cli"),
     Line("edgert"),
     Line(
-        "api bench doctor evaluate halting_report halting_text halting_puzzles halting_data halting_picture speculate mailbox recipebook",
+        "api bench doctor evaluate halting_report halting_text halting_puzzles halting_data "
+        "halting_picture speculate mailbox recipebook",
         together=True,
     ),
     Line("conversation resuming"),

@@ -101,7 +101,9 @@ def streamed(tokenizer, ids, **options) -> str:
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "", " \n\t ", "\x00\x7f\x80 \U0010ffff"])
-@pytest.mark.parametrize("tokenizer", [BYTES, ByteTokenizer(), ByteTokenizer(3)], ids=["hf", "bytes", "bytes-3"])
+@pytest.mark.parametrize(
+    "tokenizer", [BYTES, ByteTokenizer(), ByteTokenizer(3)], ids=["hf", "bytes", "bytes-3"]
+)
 def test_text_survives_the_round_trip(tokenizer, text):
     """Byte tokenizers encode every text, and give it back."""
     ids = tokenizer.encode(text)
@@ -354,7 +356,9 @@ def test_bad_text_is_refused(tokenizer, text, message):
 
 
 @pytest.mark.parametrize("token", [-1, 2**32, 1.5, "a", None])
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BYTES, TOKENIZERS["metaspace"]], ids=["bytes", "hf", "metaspace"])
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), BYTES, TOKENIZERS["metaspace"]], ids=["bytes", "hf", "metaspace"]
+)
 def test_bad_ids_are_refused(tokenizer, token):
     """Only integers of 0 or more are ids, whole or streamed."""
     with pytest.raises(UsageError, match="is not a token id"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from edgert.cli.answers import checked
+from edgert.solving import Solving
 from edgert.tasks import find
 from edgert.tasks.puzzlefile import Question, read_questions
 
@@ -92,6 +94,22 @@ def test_puzzles_left_off_go_on_in_another_process(run, solve, tmp_path):
     assert "puzzles   2 done, 0 in the loop, 0 waiting" in done
     again = json.loads(run("solve", "--session", file, "--json").out)
     assert [s["answer"] for s in again["solutions"]] == [s["answer"] for s in rest["solutions"]]
+
+
+def test_ctrl_c_leaves_off_behind_the_iteration_and_saves(run, solve, tmp_path, monkeypatch):
+    step, file = Solving.step, tmp_path / "s.session"
+
+    def pressed(self):
+        signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Solving, "step", pressed)
+        found = solve(NEVER, "--save", file)
+    assert found.code == 130
+    assert "1 of 4 (cancelled)" in found.out
+    rest = json.loads(run("solve", "--session", file, "--json").out)
+    assert (rest["iterations"], rest["solutions"][0]["steps"]) == (4, 4)
 
 
 @pytest.mark.parametrize(

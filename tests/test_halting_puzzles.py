@@ -263,6 +263,7 @@ def test_the_verb_stores_draws_and_prints(run, bundle, tmp_path):
     assert sum("<- recommended" in row for row in table) == 1
     assert "a puzzle takes" in got.out
     assert "outside the graphs" in got.out
+    assert got.err.endswith("bundle.halting.svg   stored in the bundle: halting.json\n")
     drawn = bundle.parent / "bundle.halting.svg"
     assert ElementTree.parse(drawn).getroot().tag.endswith("svg")
     stored = json.loads((bundle / REPORT).read_text())
@@ -274,6 +275,9 @@ def test_the_verb_stores_draws_and_prints(run, bundle, tmp_path):
     other = tmp_path / "own.svg"
     assert run("halt", bundle, "--data", data, "--dry-run", "-o", other, "--rounds", 1).code == 0
     assert other.exists()
+    got = run("halt", bundle, "--data", data, "-o", tmp_path / "none" / "a.svg")
+    assert got.code == UsageError.exit_code
+    assert "no folder for the picture" in got.err
     got = run("halt", bundle, "--data", data, "--window", 8)
     assert got.code == UsageError.exit_code
     assert "--window is for a model that decodes" in got.err

@@ -12,6 +12,7 @@ import click
 from edgert.cli.options import BUNDLE, FILE, F, as_json, common, option, placement
 from edgert.cli.show import note, print_json, progress_bar
 from edgert.errors import UsageError
+from edgert.halting import REPORT
 
 if TYPE_CHECKING:
     from edgert.halting_puzzles import PuzzleReport
@@ -94,6 +95,9 @@ def halt(bundle: Path, **given: Any) -> None:
     from edgert.cli.talk import load_bundle
     from edgert.halting_report import store, to_json
 
+    out = given["output"]
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError("there is no folder for the picture", where=str(out.parent))
     with load_bundle(bundle, given) as model:
         solves = model.manifest.solves
         wrong = [name for name in (OF_TEXT if solves else OF_PUZZLES) if given[name] is not None]
@@ -107,13 +111,15 @@ def halt(bundle: Path, **given: Any) -> None:
         content = to_json(report, model)
         if not given["dry_run"]:
             store(model.bundle, content)
-    drawn = _draw(report, bundle, given) if solves else None
     if given["as_json"]:
         print_json(content)
-        return
-    click.echo("\n".join(card))
-    if drawn is not None:
-        note(f"picture: {drawn}", quiet=given["quiet"])
+    else:
+        click.echo("\n".join(card))
+    drawn = _draw(report, bundle, given) if solves else None
+    kept = [f"picture: {drawn}"] if drawn is not None else []
+    kept += [] if given["dry_run"] else [f"stored in the bundle: {REPORT}"]
+    if kept:
+        note("   ".join(kept), quiet=given["quiet"])
 
 
 def _chosen(given: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

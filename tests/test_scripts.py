@@ -172,6 +172,7 @@ def test_demo_exports_once_and_prints_what_it_runs(clone):
     bundle = "bundles/smollm2-135m-instruct"
     export = f"$ .venv/bin/edgert export export/smollm2-135m-instruct.toml -o {bundle}"
     session = "bundles/story.session"
+    solve = '$ .venv/bin/edgert solve examples/hrm-sudoku4 "1...|..3.|.4..|...2"'
     uses = [
         f'$ .venv/bin/edgert run {bundle} -p "The sun is a star that" -n 20 --save {session}',
         f"$ .venv/bin/edgert run --session {session} -n 28",
@@ -179,19 +180,19 @@ def test_demo_exports_once_and_prints_what_it_runs(clone):
         f"$ .venv/bin/edgert bench {bundle} -p 128 -n 32 -r 3",
     ]
     first = run(clone, "demo")
-    verbs = ["export", "run", "run", "session", "bench"]
+    verbs = ["solve", "export", "run", "run", "session", "bench"]
     assert first.stdout.splitlines() == [f"ran {verb}" for verb in verbs]
-    assert first.stderr.splitlines() == [export, *uses]
+    assert first.stderr.splitlines() == [solve, export, *uses]
     (clone / bundle).mkdir(parents=True)
     (clone / bundle / "manifest.json").write_text("{}")
-    assert run(clone, "demo").stderr.splitlines() == uses
+    assert run(clone, "demo").stderr.splitlines() == [solve, *uses]
 
 
-def test_recipe_of_the_demo_is_the_shipped_one():
-    """The recipe that scripts/demo names exists."""
-    text = (ROOT / "scripts" / "demo").read_text()
-    assert "export/smollm2-135m-instruct.toml" in text
-    assert (ROOT / "export/smollm2-135m-instruct.toml").is_file()
+@pytest.mark.parametrize("name", ["export/smollm2-135m-instruct.toml", "examples/hrm-sudoku4"])
+def test_what_the_demo_takes_is_shipped(name):
+    """The recipe and the bundle that scripts/demo names exist."""
+    assert name in (ROOT / "scripts" / "demo").read_text()
+    assert (ROOT / name).exists()
 
 
 def test_scripts_can_be_run():

@@ -1,6 +1,9 @@
 """Train recipes one after the other, side by side in a table and a picture.
 
     python benchmarks/recipes.py export/hagi-{a,b,c,d}-tiny.toml --runs runs [--plot curves.svg]
+    python benchmarks/recipes.py export/hrm-sudoku{4,6}.toml [--plot curves.svg]
+
+All of them learn text, or all of them puzzles.
 
 Each is trained by `edgert train` in a process of its own, into a folder of `--runs`; a run that is
 there and complete is taken as it is, one that is not goes on. Times are those of the whole command,
@@ -26,6 +29,7 @@ from edgert.train.recipe import read_recipe
 
 COLORS = ("#1f5a92", "#c2571a", "#3a8a4d", "#8a4b9a", "#8a7a2a", "#4a4a4a")
 TIMES = "seconds.json"  # of the command, beside the run
+CHECKS = ("heldout", "heldout_exact")  # of a text, of puzzles
 
 
 def trained(recipe: Path, folder: Path) -> dict[str, Any]:
@@ -44,12 +48,35 @@ def trained(recipe: Path, folder: Path) -> dict[str, Any]:
         "name": recipe.stem,
         "minutes": json.loads(timed.read_text()) / 60 if timed.exists() else None,
         "curve": [(m["step"], m["loss"]) for m in lines if m.get("loss") is not None],
-        "checks": [(m["step"], m["heldout"]) for m in lines if m.get("heldout") is not None]
-        + [(found["step"], found["heldout"]["loss"])],
+        "checks": [
+            *((m["step"], m[key]) for key in CHECKS for m in lines if m.get(key) is not None),
+            (found["step"], found["heldout"].get("loss", found["heldout"].get("exact"))),
+        ],
     }
 
 
-def table(runs: list[dict[str, Any]]) -> str:
+def puzzle_table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: a row a recipe."""
+    rows = [
+        "| | parameters | loss, first update | mean of the last 10 | solved at full depth |"
+        " solved, stopping by itself | turns then | best constant answer, cells | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        held = run["heldout"]
+        rows.append(
+            f"| {run['name']} | {run['parameters']:,} | {run['first']:.3f} | {run['last']:.3f} | "
+            f"{held['exact']:.1%} | {held['exact_early']:.1%} | {held['steps']:.2f} of "
+            f"{held['most']} | {held['constant_cells']:.1%} | {_minutes(run)} |"
+        )
+    return "\n".join(rows)
+
+
+def _minutes(run: dict[str, Any]) -> str:
+    return "–" if run["minutes"] is None else f"{run['minutes']:.1f}"
+
+
+def text_table(runs: list[dict[str, Any]]) -> str:
     """Markdown: a row a recipe, and the bigram baseline."""
     rows = [
         "| | parameters | loss, first update | mean of the last 10 | held out, nats |"
@@ -57,11 +84,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
-        held, minutes = run["heldout"], run["minutes"]
+        held = run["heldout"]
         rows.append(
             f"| {run['name']} | {run['parameters']:,} | {run['first']:.3f} | {run['last']:.3f} | "
             f"{held['loss']:.4f} | {held['bits_per_byte']:.3f} | {held['sensitivity']:.2f} | "
-            f"{'–' if minutes is None else f'{minutes:.1f}'} |"
+            f"{_minutes(run)} |"
         )
     bigrams = {run["heldout"]["bigram"] for run in runs}
     rows += [f"| bigram | | | | | {bits:.3f} | | |" for bits in sorted(bigrams)]
@@ -69,25 +96,35 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def picture(runs: list[dict[str, Any]], path: Path) -> None:
-    """Training loss (means) and held-out loss of every run as an SVG."""
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    """Training loss (means) of every run, and what was held out, as an SVG: its loss beside that of
+    training, or below it the share of puzzles that were solved."""
+    puzzles = "exact" in runs[0]["heldout"]
+    figure = Figure(figsize=(8, 6.4 if puzzles else 4.6), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
+    panels = figure.subplots(2, sharex=True) if puzzles else [figure.add_subplot()] * 2
+    axes, below = panels
     for run, color in zip(runs, COLORS, strict=False):
         steps, losses = zip(*run["curve"], strict=True)
         means = smooth(losses, max(5, len(losses) // 25))
         axes.plot(steps, means, color=color, linewidth=1.4, label=run["name"])
-        if run["checks"]:
-            axes.plot(*zip(*run["checks"], strict=True), "o", color=color, markersize=4.5)
-    held = runs[0]["heldout"]
-    bigram = held["bigram"] * held["loss"] / held["bits_per_byte"]  # in nats a token
-    axes.axhline(bigram, color="#666666", linestyle="--", linewidth=1, label="bigram, held out")
-    axes.plot([], [], "o", color="#666666", markersize=4.5, label="held out")
-    axes.set_ylim(top=4.0)
-    axes.set_xlabel("update")
-    axes.set_ylabel("loss (nats a byte)")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+        style = "o-" if puzzles else "o"
+        below.plot(*zip(*run["checks"], strict=True), style, color=color, markersize=4.5)
+    if puzzles:
+        axes.set_ylabel("loss (cells and halting, a puzzle)")
+        axes.set_ylim(bottom=0.0)
+        below.set_ylabel("held-out puzzles solved")
+        below.set_ylim(-0.02, 1.02)
+    else:
+        held = runs[0]["heldout"]
+        bigram = held["bigram"] * held["loss"] / held["bits_per_byte"]  # in nats a token
+        axes.axhline(bigram, color="#666666", linestyle="--", linewidth=1, label="bigram, held out")
+        axes.plot([], [], "o", color="#666666", markersize=4.5, label="held out")
+        axes.set_ylim(top=4.0)
+        axes.set_ylabel("loss (nats a byte)")
+    below.set_xlabel("update")
+    for panel in {axes, below}:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -106,11 +143,14 @@ def main(
     """Train RECIPES and set them side by side."""
     runs.mkdir(parents=True, exist_ok=True)
     found = [trained(recipe, runs / recipe.stem) for recipe in recipes]
+    puzzles = {"exact" in run["heldout"] for run in found}
+    if len(puzzles) == 2:
+        raise click.UsageError("some of these learn text, others puzzles: compare them apart")
     if plot is not None:
         picture(found, plot)
     if json_file is not None:
         write_atomic(json_file, json.dumps(found).encode())
-    click.echo(table(found))
+    click.echo(puzzle_table(found) if True in puzzles else text_table(found))
 
 
 if __name__ == "__main__":

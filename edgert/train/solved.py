@@ -22,7 +22,7 @@ from edgert.tasks.puzzleset import IGNORED, Batch
 from edgert.train.invariance import Sensitivity, constant_answer, sensitivity
 
 ROWS = 256  # puzzles at a time
-PROBED = 64  # puzzles that the input-sensitivity check takes
+PROBED = 32  # puzzles that the input-sensitivity check takes
 
 Ids = NDArray[np.int64]
 
@@ -95,8 +95,10 @@ def solve(model: GridModel, batch: Batch) -> Solved:
     for start in range(0, len(batch.inputs), ROWS):
         part = slice(start, start + ROWS)
         inputs, ids = (torch.from_numpy(a[part]) for a in (batch.inputs, batch.identifiers))
-        last, stopped, taken, most = _answers(model, inputs, ids)
-        full.append(last)
+        logits, stopped, taken, most = _answers(model, inputs, ids)
+        if start == 0:
+            known = logits[:PROBED].float().numpy()
+        full.append(logits.argmax(-1).numpy())
         early.append(stopped)
         steps.append(taken)
     labels = batch.labels.astype(np.int64)
@@ -105,7 +107,7 @@ def solve(model: GridModel, batch: Batch) -> Solved:
     cells_early, exact_early = accuracy(at_exit, labels)
     probe = slice(0, PROBED)
 
-    def logits(inputs: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    def ask(inputs: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
         *_, (found, _) = turns(model, torch.from_numpy(inputs), torch.from_numpy(ids))
         return found.float().numpy()
 
@@ -120,7 +122,8 @@ def solve(model: GridModel, batch: Batch) -> Solved:
         most=most,
         constant_cells=accuracy(np.broadcast_to(constant, labels.shape), labels)[0],
         sensitivity=sensitivity(
-            logits,
+            ask,
+            known,
             batch.inputs[probe],
             labels[probe],
             batch.identifiers[probe],
@@ -146,19 +149,19 @@ def turns(model: GridModel, inputs: Tensor, ids: Tensor) -> Iterator[tuple[Tenso
         yield found.logits, over if ready else torch.zeros_like(over)
 
 
-def _answers(model: GridModel, inputs: Tensor, ids: Tensor) -> tuple[Ids, Ids, Ids, int]:
-    """Answers at full depth and at early exit int [B, S], turns taken then [B], and in all."""
-    early = answer = torch.zeros_like(inputs, dtype=torch.int64)
+def _answers(model: GridModel, inputs: Tensor, ids: Tensor) -> tuple[Tensor, Ids, Ids, int]:
+    """Logits at full depth [B, S, V], answers at early exit int [B, S], turns taken then [B], and
+    turns in all."""
+    early = torch.zeros_like(inputs, dtype=torch.int64)
     active = torch.ones(len(inputs), dtype=torch.bool)
     steps = torch.zeros(len(inputs), dtype=torch.int64)
     most = 0
     for logits, stops in turns(model, inputs, ids):
         most += 1
-        answer = logits.argmax(-1)
-        early = torch.where(active[:, None], answer, early)
+        early = torch.where(active[:, None], logits.argmax(-1), early)
         steps += active
         active = active & ~stops
-    return answer.numpy(), early.numpy(), steps.numpy(), most
+    return logits, early.numpy(), steps.numpy(), most
 
 
 def accuracy(answers: NDArray[Any], labels: NDArray[Any]) -> tuple[float, float]:

@@ -116,8 +116,8 @@ def plot(
         solved = [m for m in lines if m.get("heldout_exact") is not None]
         if solved:
             _shares(axes, solved)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, loc="upper center" if solved else "best")
+        elif axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
     write_atomic(path, buffer.getvalue())
@@ -136,7 +136,8 @@ def _shares(axes: Any, solved: list[dict[str, Any]]) -> None:
     right.set_ylim(-0.02, 1.02)
     right.set_ylabel("share of held-out puzzles")
     right.spines["top"].set_visible(False)
-    right.legend(frameon=False, loc="lower right")
+    lines = [*axes.lines, *right.lines]  # one legend, between losses that fell and shares that rose
+    right.legend(lines, [line.get_label() for line in lines], frameon=False, loc="center right")
 
 
 def smooth(values: tuple[float, ...], width: int) -> list[float]:

@@ -24,9 +24,10 @@ def picture(report: PuzzleReport) -> str:
         svg.Dot(p.latency_ms_mean, p.exact * 100, _name(p), _kind(p, report)) for p in report.points
     ]
     line = [(p.latency_ms_mean, p.exact * 100) for p in best_of(report.points)]
-    return svg.alone(
-        svg.choice(dots, line, x="ms a puzzle", y="exact %", label="accuracy over time a puzzle")
-    )
+    chosen = [(dot.kind, f"recommended, {dot.name}") for dot in dots if dot.kind == "chosen"]
+    legend = [*chosen, ("own", "by the model's own rule"), ("dot", "at a fixed depth")]
+    label = "accuracy over time a puzzle"
+    return svg.alone(svg.choice(dots, line, legend, x="ms a puzzle", y="exact %", label=label))
 
 
 def _name(point: PuzzlePoint) -> str:

@@ -18,7 +18,6 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 26, 36
 _INNER_W, _INNER_H = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
 _MOST_POINTS = 600  # of a line: more are thinned out by taking medians
 _BINS = 40
-_NAME = 100  # half the width of a name
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fafaf8;--panel:#fff;--ink:#1c1e21;--soft:#62676e;
@@ -36,7 +35,7 @@ svg .name{fill:var(--mark)}svg .in{fill:var(--in);font-size:13px}
 .mark{stroke:var(--mark);stroke-width:1.5;stroke-dasharray:4 3}
 .part1{fill:var(--p1)}.part2{fill:var(--p2)}.part3{fill:var(--p3)}.part4{fill:var(--p4)}
 .part5{fill:var(--p5)}
-.dot{fill:var(--soft);fill-opacity:.75}.own{fill:var(--accent)}.chosen{fill:var(--mark)}
+svg .dot{fill:var(--soft);fill-opacity:.75}svg .own{fill:var(--accent)}svg .chosen{fill:var(--mark)}
 """
 
 
@@ -117,10 +116,19 @@ class Dot:
 
 
 def choice(
-    dots: Sequence[Dot], line: Sequence[tuple[float, float]], *, x: str, y: str, label: str
+    dots: Sequence[Dot],
+    line: Sequence[tuple[float, float]],
+    legend: Sequence[tuple[str, str]],
+    *,
+    x: str,
+    y: str,
+    label: str,
 ) -> str:
-    """Dots with the line through the best of them. A name is written at those that are chosen,
-    and shown at the others when they are pointed at."""
+    """Dots with the line through the best of them. Their names are shown when they are pointed at.
+
+    legend  (kind, what it means), from the top: in the lower right corner, where what costs much
+            and gives little would be
+    """
     right = _ceiling(max(dot.x for dot in dots))
     top = _ceiling(max(dot.y for dot in dots))
     places = " ".join(f"{_x(a / right):.1f},{_y(b / top):.1f}" for a, b in line)
@@ -131,11 +139,9 @@ def choice(
             f'<circle class="{dot.kind}" cx="{at:.1f}" cy="{height:.1f}" r="4.5">'
             f"<title>{escape(dot.name)}</title></circle>"
         )
-        if dot.kind == "chosen":  # its name stays inside the picture
-            middle = min(max(at, _LEFT + _NAME), WIDTH - _RIGHT - _NAME)
-            under = height + 18 if dot.y / top > 0.2 else height - 10
-            name = escape(dot.name)
-            body.append(f'<text class="name" x="{middle:.1f}" y="{under:.1f}">{name}</text>')
+    for below, (kind, name) in enumerate(reversed(legend)):
+        place = f'x="{WIDTH - _RIGHT - 4}" y="{HEIGHT - _BOTTOM - 12 - 18 * below}"'
+        body.append(f'<text class="left {kind}" {place}>{escape(name)} \u25cf</text>')
     body += [_below(_x(i / 4), _tick(right * i / 4)) for i in range(5)]
     body.append(_axis(x))
     return _svg(label, body)

@@ -125,13 +125,13 @@ def test_what_is_cheap_runs(
     bundle = model_a_bundle if "--ids" in typed.arguments else tiny_bundle
     if "bundles/sudoku4" in typed.arguments:
         bundle = copier_bundle
-    arguments = [
-        str(bundle)
-        if argument.startswith("bundles/") and Path(argument).suffix not in files
-        else argument
-        for argument in typed.arguments
-    ]
-    assert main(arguments) == 0
+
+    def meant(argument: str) -> str:
+        if argument.startswith("bundles/") and Path(argument).suffix not in files:
+            return str(bundle)
+        return str(ROOT / argument) if argument.startswith("examples/") else argument
+
+    assert main([meant(argument) for argument in typed.arguments]) == 0
     assert capsys.readouterr().out
 
 

@@ -52,10 +52,11 @@ class Agreement:
         n = len(self.eager)
         ties = np.flatnonzero(self.lead < TIE)
         wrong = np.flatnonzero(~self.agreed & (self.lead >= TIE))
+        taken = sorted(Counter(self.eager.tolist()).items())
         listed = [(int(i), int(self.eager[i]), int(self.exported[i])) for i in (*ties, *wrong)]
         return (
             f"{int(self.agreed.sum())} of {n} rows agree; {len(ties)} ties and {len(wrong)} others "
-            f"(row, eager, exported): {listed}; eager steps {sorted(Counter(self.eager.tolist()).items())}; "
+            f"(row, eager, exported): {listed}; eager steps {taken}; "
             f"least lead {self.lead.min():.2g}"
         )
 

@@ -8,7 +8,7 @@ no agreement.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,6 @@ from edgert.train.recipe import read_recipe
 
 TIE = 1e-4
 """Between two scores of single digits; free-running they are away from eager torch's by 1e-5."""
-
-STEPS = 600
-"""Of 1,500 of the recipe: enough to halt here and there."""
 
 RECIPE = Path(__file__).resolve().parents[1] / "export" / "hrm-sudoku4.toml"
 
@@ -125,13 +122,12 @@ def test_one_wrong_step_is_no_agreement(random_bundle):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["random", "trained"])
 def test_two_thousand_puzzles(kind, random_bundle, tmp_path):
-    """Of random weights, and of a model that has begun to know when it is done."""
+    """Of random weights, and of what the recipe trains: behind 600 of its 1,500 steps, no row halts
+    early yet."""
     if kind == "random":
         network, bundle = random_network(), random_bundle
     else:
-        recipe = read_recipe(RECIPE)
-        twin = replace(recipe, train=replace(recipe.train, steps=STEPS))
-        job.train(twin, tmp_path / "run")
+        job.train(read_recipe(RECIPE), tmp_path / "run")
         bundle = tmp_path / "b"
         export_source(tmp_path / "run", bundle, lowerings=("ort",))
         network = load_source(tmp_path / "run").model

@@ -99,6 +99,23 @@ def test_loaded_bundles_score_and_continue_like_the_published_model(published) -
                 assert got.finish_reason == "length"
 
 
+def test_a_trace_ends_with_the_logits_bit_for_bit(published) -> None:
+    """Of a looped model: what it would say behind each iteration, and behind the last what it does
+    say."""
+    case, bundle = published
+    manifest = read_manifest(bundle)
+    if manifest.program.loop is None:
+        pytest.skip("a model without a loop")
+    for variant in (name for name in manifest.variants if not name.endswith("-unrolled")):
+        with edgert.load(bundle, variant=variant) as model:
+            for row in case["input_ids"]:
+                *before, last = model.trace(row[None])
+                assert len(before) + 1 == manifest.program.loop.iterations
+                want = model.logits(row[None])
+                np.testing.assert_array_equal(last.outputs["logits"], want)
+                assert not any((step.outputs["logits"] == want).all() for step in before)
+
+
 def test_stepped_equals_unrolled_bit_for_bit(published, tmp_path) -> None:
     """Prefill and decode, and a session that is saved in between."""
     case, bundle = published

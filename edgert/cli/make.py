@@ -152,8 +152,12 @@ def _parity_table(verdict: Verdict) -> list[str]:
         "whole": "iterations in one graph",
     }
     width = max(len(c.variant) for c in verdict.checks) + 2
+
+    def states(worst: float | None) -> str:
+        return f"{'-':<7}" if worst is None else f"{worst:.1e}"
+
     return [
         f"{c.variant:<{width}}{words[c.name]:<28}max |Δlogit| {c.logits_max_abs:.1e}  "
-        f"max |Δstate| {c.states_max_abs:.1e}  top-1 {c.top1_agree}/{c.top1_total}"
+        f"max |Δstate| {states(c.states_max_abs)}  top-1 {c.top1_agree}/{c.top1_total}"
         for c in verdict.checks
     ]

@@ -28,11 +28,12 @@ class Check:
     variant: str
     name: str
     logits_max_abs: float = 0.0
-    states_max_abs: float = 0.0
+    states_max_abs: float | None = None  # None: no states were compared
     worst_share: float = 0.0
     worst_name: str = ""
     top1_agree: int = 0
     top1_total: int = 0
+    free_running: dict[str, Any] | None = None  # what its limits grow with, and by how much
 
 
 @dataclass
@@ -91,7 +92,7 @@ class Comparison:
         if worst / limit > check.worst_share:
             check.worst_share, check.worst_name = worst / limit, name
         if kind == "state":
-            check.states_max_abs = max(check.states_max_abs, worst)
+            check.states_max_abs = max(check.states_max_abs or 0.0, worst)
         else:
             check.logits_max_abs = max(check.logits_max_abs, worst)
 

@@ -1,0 +1,195 @@
+"""How codes and scales are found for a weight.
+
+    plain     the block's range, rounded: as onnxruntime's own default quantizer, bit for bit
+    search    the scale of each block, of several near that of the range, whose squared error is
+              least (as ggml's quantizers search theirs)
+    weighted  the same, an error weighed by how large that input is on calibration text
+    kquant    onnxruntime's k-quant: scale and zero point by weighted least squares
+    hqq       onnxruntime's half-quadratic quantization, its zero points rounded. arXiv 2309.15531
+    gptq      input by input, each one's rounding error made up for by the inputs behind it, as far
+              as the inputs on calibration text go together. arXiv 2210.17323
+
+All take a weight float32 [N, K], a scheme, and the second moments [K, K] of its inputs, which only
+the calibrated ones read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.export.nbits import Floats, Quantized, Scheme
+
+Moments: TypeAlias = NDArray[np.float64]
+
+_TINY = np.float32(1e-30)
+_DAMPING = 0.01  # of the mean second moment: GPTQ's own default
+
+
+def _blocks(weight: Floats, scheme: Scheme) -> Floats:
+    """[N, K] -> [N, K / block, block]."""
+    block = scheme.block_of(weight.shape[1])
+    return weight.reshape(len(weight), -1, block)
+
+
+def _coded(
+    blocks: Floats, scales: Floats, zeros: Floats | int, scheme: Scheme
+) -> NDArray[np.uint8]:
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scales == 0, np.float32(0), np.float32(1) / scales)
+    zero = zeros if isinstance(zeros, int) else zeros[..., None]
+    codes = np.rint(blocks * inverse[..., None] + np.float32(0)) + zero
+    return np.clip(codes, 0, scheme.top).astype(np.uint8)
+
+
+def _finished(blocks: Floats, scales: Floats, zeros: Floats | int, scheme: Scheme) -> Quantized:
+    codes = _coded(blocks, scales, zeros, scheme).reshape(len(blocks), -1)
+    kept = None if isinstance(zeros, int) else zeros.astype(np.uint8)
+    return Quantized(scheme.bits, codes, scales.astype(np.float32), kept)
+
+
+def ranges(blocks: Floats, scheme: Scheme) -> tuple[Floats, Floats | int]:
+    """Scales and zero points [.., K / block] from each block's own range, zero included."""
+    low = np.minimum(blocks.min(-1), 0)
+    high = np.maximum(blocks.max(-1), 0)
+    if scheme.symmetric:
+        # The largest magnitude, with its sign, is the lowest code: that one has no counterpart.
+        largest = np.where(np.abs(high) > np.abs(low), high, low)
+        return largest / np.float32(-scheme.middle), scheme.middle
+    scales = (high - low) / np.float32(scheme.top)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        zeros = np.where(scales == 0, np.float32(0), np.rint(-low / scales))
+    return scales, np.clip(zeros, 0, scheme.top)
+
+
+def plain(weight: Floats, scheme: Scheme, moments: Moments | None = None) -> Quantized:
+    blocks = _blocks(weight, scheme)
+    return _finished(blocks, *ranges(blocks, scheme), scheme)
+
+
+def search(weight: Floats, scheme: Scheme, moments: Moments | None = None) -> Quantized:
+    blocks = _blocks(weight, scheme)
+    return _finished(blocks, *_searched(blocks, scheme), scheme)
+
+
+def weighted(weight: Floats, scheme: Scheme, moments: Moments | None = None) -> Quantized:
+    assert moments is not None
+    blocks = _blocks(weight, scheme)
+    cost = np.diag(moments).astype(np.float32).reshape(1, *blocks.shape[1:])
+    return _finished(blocks, *_searched(blocks, scheme, cost), scheme)
+
+
+def _searched(
+    blocks: Floats, scheme: Scheme, cost: Floats | None = None
+) -> tuple[Floats, Floats | int]:
+    start, zeros = ranges(blocks, scheme)
+    best, best_zeros = start, zeros
+    least = np.full(start.shape, np.inf, np.float32)
+    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+    for share in (1.0, *np.linspace(1.1, 0.7, 25)):
+        scales = start * np.float32(share)
+        shifts: tuple[Floats | int, ...] = (zeros,)
+        if not isinstance(zeros, int):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                middle = (scheme.top - (high + low) / np.where(scales == 0, 1, scales)) / 2
+            shifts = tuple(np.clip(f(middle), 0, scheme.top) for f in (np.floor, np.ceil))
+        for shift in shifts:
+            zero = shift if isinstance(shift, int) else shift[..., None]
+            codes = _coded(blocks, scales, shift, scheme).astype(np.float32)
+            error = ((codes - zero) * scales[..., None] - blocks) ** 2
+            loss = (error if cost is None else error * cost).sum(-1)
+            better = loss < least
+            least = np.where(better, loss, least)
+            best = np.where(better, scales, best)
+            if not isinstance(shift, int) and not isinstance(best_zeros, int):
+                best_zeros = np.where(better, shift, best_zeros)
+    return best, best_zeros
+
+
+def kquant(weight: Floats, scheme: Scheme, moments: Moments | None = None) -> Quantized:
+    from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
+
+    blocks = _blocks(weight, scheme)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes, scales, zeros = quant_tensor_k_quant_cpu(blocks, scheme.bits, blocks.shape[-1])
+    shape = blocks.shape[:2]
+    return Quantized(
+        scheme.bits,
+        codes.reshape(weight.shape).astype(np.uint8),
+        scales.reshape(shape).astype(np.float32),
+        zeros.reshape(shape),
+    )
+
+
+def hqq(weight: Floats, scheme: Scheme, moments: Moments | None = None) -> Quantized:
+    import torch
+    from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantizer
+
+    blocks = _blocks(weight, scheme)
+    scales, zeros = ranges(blocks, scheme)
+    assert not isinstance(zeros, int), "half-quadratic quantization has zero points"
+    inverse = 1 / np.maximum(scales, _TINY)
+    with torch.no_grad():
+        _, found = HQQWeightOnlyQuantizer.optimize_weights(
+            torch.from_numpy(blocks),
+            torch.from_numpy(inverse[..., None]),
+            torch.from_numpy(zeros[..., None]),
+            [0, scheme.top],
+            axis=-1,
+        )
+    rounded = np.clip(np.rint(found.numpy()[..., 0]), 0, scheme.top)
+    return _finished(blocks, scales, rounded, scheme)
+
+
+def gptq(weight: Floats, scheme: Scheme, moments: Moments | None = None) -> Quantized:
+    assert moments is not None
+    rest = weight.T.astype(np.float32).copy()  # [K, N]: inputs in order, as they are rounded
+    inputs, block = weight.shape[1], scheme.block_of(weight.shape[1])
+    damped = moments + np.eye(inputs) * (_DAMPING * np.trace(moments) / inputs + 1e-12)
+    # Upper Cholesky factor of the inverse: row i says how an error at i is made up for behind it.
+    factor = np.ascontiguousarray(np.linalg.cholesky(np.linalg.inv(damped)).T, np.float32)
+    importance = (1 / np.diag(factor) ** 2).astype(np.float32)
+    codes = np.empty((inputs, len(weight)), np.uint8)
+    scales, zeros = [], []
+    for start in range(0, inputs, block):
+        stop = start + block
+        part = rest[start:stop]
+        current = np.ascontiguousarray(part.T)[:, None]
+        scale, zero = _searched(current, scheme, importance[None, None, start:stop])
+        scales.append(scale[:, 0])
+        middle = zero if isinstance(zero, int) else zero[:, 0]
+        if not isinstance(zero, int):
+            zeros.append(zero[:, 0])
+        errors = np.empty_like(part)
+        for i in range(block):
+            column = part[i][:, None, None]
+            code = _coded(column, scale, zero, scheme)[:, 0, 0]
+            codes[start + i] = code
+            value = (code.astype(np.float32) - middle) * scale[:, 0]
+            errors[i] = (part[i] - value) / factor[start + i, start + i]
+            part[i + 1 :] -= np.outer(factor[start + i, start + i + 1 : stop], errors[i])
+        rest[stop:] -= factor[start:stop, stop:].T @ errors
+    return Quantized(
+        scheme.bits,
+        np.ascontiguousarray(codes.T),
+        np.ascontiguousarray(np.stack(scales, 1)),
+        np.stack(zeros, 1).astype(np.uint8) if zeros else None,
+    )
+
+
+Method: TypeAlias = Callable[[Floats, Scheme, Moments | None], Quantized]
+
+METHODS: dict[str, Method] = {
+    "plain": plain,
+    "search": search,
+    "weighted": weighted,
+    "kquant": kquant,
+    "hqq": hqq,
+    "gptq": gptq,
+}
+CALIBRATED = ("weighted", "gptq")
+UNEVEN = ("kquant", "hqq")
+"""Methods that have no symmetric form."""

@@ -15,16 +15,16 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgert.export.accuracy import TOKENS, Logits, compare, sample, to_json, tokenizer_of
+from edgert.export.accuracy import TOKENS, Logits, Tally, sample, tokenizer_of
 from edgert.export.calibration import moments
-from edgert.export.methods import CALIBRATED, METHODS, UNEVEN
-from edgert.export.nbits import Scheme
+from edgert.export.nbits import CALIBRATED, METHODS, UNEVEN, Scheme
 from edgert.export.quantize import Quantizer
 from edgert.export.recipe import read_recipe
 from edgert.export.trace import trace
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, action="append", choices=(4, 8), required=True)
     parser.add_argument("--data", type=Path, help="a text (default: the documentation topics)")
     parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--method", action="append", choices=[*METHODS], help="default: all")
+    parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
 
@@ -98,9 +98,10 @@ def main() -> None:
             quantizer.rewrite(graph.clone())
         seconds = time.perf_counter() - start
         with quantizer.applied():
-            found = compare(
-                (ids, want, score(ids)) for ids, want in zip(windows, truth, strict=True)
-            )
+            tally = Tally()
+            for ids, want in zip(windows, truth, strict=True):
+                tally.add(ids, want, score(ids))
+            found = tally.result()
         row = [
             scheme.bits,
             scheme.method + "*" * (scheme.method in CALIBRATED),
@@ -113,7 +114,7 @@ def main() -> None:
             f"{seconds:.0f}",
         ]
         print(
-            json.dumps(vars(scheme) | to_json(found))
+            json.dumps(asdict(scheme) | asdict(found))
             if given.json
             else f"| {' | '.join(map(str, row))} |",
             flush=True,

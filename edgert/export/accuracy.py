@@ -15,15 +15,22 @@ import hashlib
 import importlib
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from edgert.backends import open_backend
+from edgert.bundle import Bundle
 from edgert.evaluate import cross_entropy
+from edgert.export.quantize import Quantizer
 from edgert.models.importers import Imported
+from edgert.models.program import Program
+from edgert.progress import Reporter
+from edgert.runner import Runner
 from edgert.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
 
 REPORT = "accuracy.json"
@@ -34,7 +41,8 @@ CHARACTERS = 200_000
 BUDGET = {"int8": 1.005, "int4": 1.03}
 """Largest perplexity ratio of a precision that is meant to be used."""
 
-Logits = NDArray[np.float32]
+Ids: TypeAlias = NDArray[np.int64]
+Logits: TypeAlias = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -49,14 +57,11 @@ class Accuracy:
     ratio: float
     ratio_error: float
 
-    def within(self, precision: str) -> bool:
-        return self.ratio <= BUDGET[precision]
-
 
 class Sample:
     """Windows of token ids [T] of a text, and where they come from."""
 
-    def __init__(self, windows: list[NDArray[np.int64]], origin: dict[str, Any]) -> None:
+    def __init__(self, windows: list[Ids], origin: dict[str, Any]) -> None:
         self.windows, self.origin = windows, origin
 
 
@@ -99,28 +104,35 @@ def sample(
     return Sample([ids[start : start + window] for start in starts], origin)
 
 
-def compare(pairs: Iterator[tuple[NDArray[np.int64], Logits, Logits]]) -> Accuracy:
-    """Windows of ids [T] with the logits [T, V] of float32 and of the quantized model."""
-    kl: list[NDArray[np.float64]] = []
-    costs: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
-    agree: list[NDArray[np.bool_]] = []
-    for ids, want, got in pairs:
+class Tally:
+    """Collects windows of ids [T] with the logits [T, V] of float32 and of the quantized model."""
+
+    def __init__(self) -> None:
+        self.truth: list[NDArray[np.float64]] = []  # costs of the text
+        self.found: list[NDArray[np.float64]] = []
+        self.kl: list[NDArray[np.float64]] = []
+        self.agree: list[NDArray[np.bool_]] = []
+
+    def add(self, ids: Ids, want: Logits, got: Logits) -> None:
         want, got, following = want[:-1], got[:-1], ids[1:]
-        costs.append((cross_entropy(want, following), cross_entropy(got, following)))
-        kl.append(divergence(want, got))
-        agree.append(want.argmax(-1) == got.argmax(-1))
-    truth, found = (np.concatenate(part) for part in zip(*costs, strict=True))
-    difference = found - truth
-    ratio = math.exp(difference.mean())
-    return Accuracy(
-        tokens=len(truth),
-        kl=float(np.concatenate(kl).mean()),
-        top1=float(np.concatenate(agree).mean()),
-        perplexity=math.exp(found.mean()),
-        perplexity_fp32=math.exp(truth.mean()),
-        ratio=ratio,
-        ratio_error=float(ratio * difference.std() / math.sqrt(len(difference))),
-    )
+        self.truth.append(cross_entropy(want, following))
+        self.found.append(cross_entropy(got, following))
+        self.kl.append(divergence(want, got))
+        self.agree.append(want.argmax(-1) == got.argmax(-1))
+
+    def result(self) -> Accuracy:
+        truth, found = np.concatenate(self.truth), np.concatenate(self.found)
+        difference = found - truth
+        ratio = math.exp(difference.mean())
+        return Accuracy(
+            tokens=len(truth),
+            kl=float(np.concatenate(self.kl).mean()),
+            top1=float(np.concatenate(self.agree).mean()),
+            perplexity=math.exp(found.mean()),
+            perplexity_fp32=math.exp(truth.mean()),
+            ratio=ratio,
+            ratio_error=float(ratio * difference.std() / math.sqrt(len(difference))),
+        )
 
 
 def divergence(want: Logits, got: Logits) -> NDArray[np.float64]:
@@ -135,13 +147,52 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-Scorer = Callable[[NDArray[np.int64]], Logits]
-"""ids [T] -> logits [T, V]."""
+def measure(
+    bundle: Bundle, program: Program, windows: Sequence[Ids], reporter: Reporter
+) -> dict[str, Accuracy]:
+    """Every weight-only variant of a bundle, run by the runtime, against eager torch."""
+    names = [n for n, v in bundle.manifest.variants.items() if v.precision in BUDGET]
+    backend = open_backend("cpu")
+    runners = {name: Runner(bundle, name, backend) for name in names}
+    tallies = {name: Tally() for name in names}
+    assert program.reference is not None, "a decoder"
+    logits = np.empty((max(map(len, windows)), program.vocab_size), np.float32)
+    with reporter.stage("accuracy", "against fp32 on a text", len(windows)) as advance:
+        for ids in windows:
+            want = program.reference(torch.from_numpy(ids[None])).logits[0].numpy()
+            for name, runner in runners.items():
+                runner.open(tokens=len(ids)).score(ids, logits[: len(ids)])
+                tallies[name].add(ids, want, logits[: len(ids)])
+            advance(1)
+    for runner in runners.values():
+        runner.close()
+    return {name: tally.result() for name, tally in tallies.items()}
 
 
-def measure(windows: Sample, truth: Scorer, found: Scorer) -> Accuracy:
-    return compare((ids, truth(ids), found(ids)) for ids in windows.windows)
+def report(
+    bundle: Bundle,
+    quantizers: Mapping[str, Quantizer],
+    found: Mapping[str, Accuracy],
+    origin: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of a bundle's accuracy.json."""
+    import onnxruntime
 
-
-def to_json(accuracy: Accuracy) -> dict[str, Any]:
-    return asdict(accuracy)
+    variants = {}
+    for name, accuracy in found.items():
+        variant = bundle.manifest.variants[name]
+        variants[name] = {
+            "variant_id": variant.variant_id,
+            "scheme": asdict(quantizers[variant.precision].scheme),
+            **asdict(accuracy),
+            "budget": BUDGET[variant.precision],
+            "within_budget": accuracy.ratio <= BUDGET[variant.precision],
+        }
+    return {
+        "format_version": 1,
+        "model_id": bundle.manifest.model_id,
+        "text": dict(origin),
+        "truth": f"eager torch {torch.__version__.split('+')[0]}",
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        "variants": variants,
+    }

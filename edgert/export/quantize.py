@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from edgert.export.methods import CALIBRATED, METHODS, Moments
-from edgert.export.nbits import Quantized, Scheme
+from edgert.bundle import Bundle
+from edgert.export.methods import METHODS, Moments
+from edgert.export.nbits import CALIBRATED, Quantized, Scheme
 
 LEAST = 4096
 """Elements of the smallest matrix that is worth it."""
@@ -71,9 +75,8 @@ class Quantizer:
         for _, quantized in self.made.values():
             yield quantized.packed()
             yield quantized.scales
-            zeros = quantized.packed_zeros()
-            if zeros is not None:
-                yield zeros
+            if quantized.zeros is not None:
+                yield quantized.packed_zeros()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -106,11 +109,34 @@ class Quantizer:
             weight = np.ascontiguousarray(weight.T if transposed else weight)
             if not self.scheme.block_of(weight.shape[1]):
                 return None
-            moments, method = self.moments.get(name), self.scheme.method
+            moments, scheme = self.moments.get(name), self.scheme
+            if not transposed:
+                scheme = replace(scheme, bits=scheme.head)
+            method = scheme.method
             if moments is None and method in CALIBRATED:
                 method = "search"
-            self.made[name] = transposed, METHODS[method](weight, self.scheme, moments)
+            self.made[name] = transposed, METHODS[method](weight, scheme, moments)
         return self.made[name][1]
+
+
+@contextlib.contextmanager
+def exact_twin(bundle: Bundle, variant: str) -> Iterator[Bundle]:
+    """Meanwhile there is a bundle of this variant that computes with activations in float32: the
+    same graphs over the same weights, but for that attribute."""
+    with tempfile.TemporaryDirectory(dir=bundle.root) as folder:
+        root = Path(folder)
+        graphs = bundle.manifest.variants[variant].graphs.values()
+        for file in dict.fromkeys(f for graph in graphs for f in (graph.file, *graph.data)):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            if file.endswith(".onnx"):
+                model = ir.load(bundle.path(file))
+                for node in model.graph:
+                    if node.op_type == "MatMulNBits":
+                        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+                ir.save(model, root / file)
+            else:
+                (root / file).hardlink_to(bundle.path(file))
+        yield Bundle(root, bundle.manifest)
 
 
 def _kind(node: ir.Node) -> str | None:
@@ -179,9 +205,13 @@ def _gather(
 
 def _initializer(graph: ir.Graph, name: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
     if name not in graph.initializers:
-        tensor = ir.tensor(make(), name=name)
+        array = make()
+        tensor = ir.Tensor(array, name=name)
         value = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+            const_value=tensor,
         )
         graph.register_initializer(value)
     return graph.initializers[name]

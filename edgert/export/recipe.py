@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgert.errors import MissingDependency, UsageError
+from edgert.export.nbits import SCHEMES
 from edgert.export.write import ExportOptions
 from edgert.models.importers.common import Problems, named, shown
 from edgert.sampler import SamplingParams
@@ -23,7 +24,7 @@ MAX_LINE = 400  # characters of a problem
 _KEYS = {
     "": {"format_version", "name", "source", "export", "sampling", "model", "data", "train"},
     "source": {"package", "install", "path", "context", "tokenizer", "random_seed"},
-    "export": {"precision", "lowerings", "unrolled"},
+    "export": {"precision", "lowerings", "unrolled", *SCHEMES},
 }
 _TYPES: dict[str, type] = {
     "format_version": int,
@@ -31,6 +32,7 @@ _TYPES: dict[str, type] = {
     "random_seed": int,
     "lowerings": list,
     "unrolled": bool,
+    **dict.fromkeys(SCHEMES, dict),
 }
 _TABLES = ("sampling", "model", "data", "train")  # read elsewhere
 RUNS = Path("runs")
@@ -147,6 +149,7 @@ def _options(table: dict[str, Any], path: Path) -> ExportOptions:
             sampling=sampling,
             name=table.get("name"),
             unrolled=export.get("unrolled", False),
+            schemes={name: export[name] for name in SCHEMES if name in export},
         )
     except UsageError as error:
         what = error.what[:MAX_LINE]  # may quote the recipe

@@ -32,17 +32,17 @@ from edgert.models.families import program as program_of
 from edgert.models.importers import Imported, load_source
 from edgert.models.program import Program
 
-BLOCKS = (32, 64, 128)
 
-
-def schemes(bits: int) -> list[Scheme]:
-    """Every method, symmetric and not, at every block size; for 8 bits the plain one alone."""
+def schemes(bits: int, blocks: list[int]) -> list[Scheme]:
+    """Every method, symmetric and not, at every block size, the embedding and head alike and in 8
+    bits; at 8 bits the simple methods alone."""
     return [
-        Scheme(bits, block, symmetric, method=method)
+        Scheme(bits, block, symmetric, method=method, head=head)
+        for head in sorted({bits, 8})
         for method in METHODS
         for symmetric in (True, False)
-        for block in BLOCKS
-        if not (symmetric and method in UNEVEN) and (bits == 4 or method == "plain")
+        for block in blocks
+        if not (symmetric and method in UNEVEN) and (bits == 4 or method in ("plain", "search"))
     ]
 
 
@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a text (default: the documentation topics)")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
+    parser.add_argument("--block", type=int, action="append", help="default: 32, 64, 128")
+    parser.add_argument("--head", type=int, choices=(4, 8), help="default: both")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
 
@@ -87,10 +89,13 @@ def main() -> None:
     seen = moments(program.weights, score, calibration)
     graphs = [trace(program, graph, "ort") for graph in program.graphs]
     if not given.json:
-        print("| bits | method | zero points | block | MB | KL | top-1 | perplexity ratio | s |")
-        print("|---|---|---|---|---|---|---|---|---|")
-    for scheme in (scheme for bits in given.bits for scheme in schemes(bits)):
+        names = ("bits", "head", "method", "zeros", "block", "MB", "KL", "top-1", "ratio", "s")
+        print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
+    blocks = given.block or [32, 64, 128]
+    for scheme in (scheme for bits in given.bits for scheme in schemes(bits, blocks)):
         if given.method and scheme.method not in given.method:
+            continue
+        if given.head and scheme.head != given.head:
             continue
         start = time.perf_counter()
         quantizer = Quantizer(program.weights, scheme, seen)
@@ -104,6 +109,7 @@ def main() -> None:
             found = tally.result()
         row = [
             scheme.bits,
+            scheme.head,
             scheme.method + "*" * (scheme.method in CALIBRATED),
             "no" if scheme.symmetric else "yes",
             scheme.block,

@@ -110,11 +110,11 @@ class Quantizer:
             if not self.scheme.block_of(weight.shape[1]):
                 return None
             moments, scheme = self.moments.get(name), self.scheme
+            method = scheme.method
             if not transposed:
                 scheme = replace(scheme, bits=scheme.head)
-            method = scheme.method
-            if moments is None and method in CALIBRATED:
-                method = "search"
+            if method in CALIBRATED and (moments is None or not transposed):
+                method = "search"  # rows that are looked up have no inputs to calibrate by
             self.made[name] = transposed, METHODS[method](weight, scheme, moments)
         return self.made[name][1]
 

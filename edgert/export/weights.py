@@ -21,13 +21,18 @@ LARGE_BYTES = 65536
 """Initializers from this size on must be weights of the model."""
 
 _PAGE = 4096  # ONNX Runtime maps external tensors; a page-aligned one needs no copy
+_DENSE = 64  # a cache line
+_PADDED = 1 << 17  # a page more is nothing to tensors from this size on
 
 
 class WeightsFile:
-    """Write initializers of several graphs into one file. Equal tensors are stored once."""
+    """Write initializers of several graphs into one file. Equal tensors are stored once.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    dense  small tensors fill no page each: weights of few bits have many
+    """
+
+    def __init__(self, path: Path, dense: bool = False) -> None:
+        self.path, self.dense = path, dense
         self._file = path.open("wb")
         self._offsets: dict[bytes, tuple[int, int]] = {}
 
@@ -57,7 +62,8 @@ class WeightsFile:
     def _put(self, data: bytes) -> tuple[int, int]:
         key = hashlib.sha256(data).digest()
         if key not in self._offsets:
-            self._file.write(b"\0" * (-self._file.tell() % _PAGE))
+            align = _DENSE if self.dense and len(data) < _PADDED else _PAGE
+            self._file.write(b"\0" * (-self._file.tell() % align))
             self._offsets[key] = (self._file.tell(), len(data))
             self._file.write(data)
         return self._offsets[key]

@@ -159,7 +159,8 @@ def _write_graphs(
         for precision in options.precisions:
             folder = work / "variants" / precision
             folder.mkdir(parents=True)
-            files[precision] = stack.enter_context(WeightsFile(folder / "weights.data"))
+            weights = WeightsFile(folder / "weights.data", dense=precision in quantizers)
+            files[precision] = stack.enter_context(weights)
         for lowering in lowerings:
             wanted = [p for p in files if p not in quantizers or lowering == "ort"]
             for form, graphs in forms.items():

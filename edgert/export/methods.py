@@ -169,7 +169,9 @@ def gptq(weight: Floats, scheme: Scheme, moments: Moments | None = None) -> Quan
     blocks = _blocks(weight, scheme)
     inputs, block = weight.shape[1], blocks.shape[-1]
     cost = np.diag(moments).astype(np.float32).reshape(1, -1, block)
-    scales, zeros = _searched(blocks, scheme, cost)
+    # A 256th of the range is fine enough as it is.
+    fine = scheme.bits == 8
+    scales, zeros = ranges(blocks, scheme) if fine else _searched(blocks, scheme, cost)
     # The largest inputs first: their errors have the most inputs behind them.
     order = np.argsort(-np.diag(moments), kind="stable")
     damping = _DAMPING * np.trace(moments) / inputs + 1e-12

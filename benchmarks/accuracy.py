@@ -42,7 +42,7 @@ def schemes(bits: int, blocks: list[int]) -> list[Scheme]:
         for method in METHODS
         for symmetric in (True, False)
         for block in blocks
-        if not (symmetric and method in UNEVEN) and (bits == 4 or method in ("plain", "search"))
+        if not (symmetric and method in UNEVEN) and (bits == 4 or method in ("plain", "gptq"))
     ]
 
 

@@ -42,6 +42,7 @@ class _Gate:
         self.runner, self.ids = runner, ids
         self.states = {name: tensor.numpy() for name, tensor in truth.states.items()}
         self.logits = truth.logits.numpy()
+        self.prefill: NDArray[np.float32] | None = None
 
     def checks(self) -> Checks:
         total = self.ids.shape[1]
@@ -72,6 +73,10 @@ class _Gate:
             at = f"step {step}, position {start}"
             self._compare_logits(c, rows, tokens, 0, start, at)
             start += len(rows)
+        whole = np.concatenate([rows for rows, _ in logits])
+        if self.prefill is None:
+            self.prefill = whole
+        c.check.paths_max_abs = float(np.abs(whole - self.prefill).max())
 
     def _batch(self, c: Comparison) -> None:
         """Two rows that end at different positions, then up to three steps of both."""

@@ -36,7 +36,8 @@ measured on a text (accuracy.json).
 class Check:
     """One way of running one variant. `worst` is the largest difference as a share of the limit.
 
-    activations  float32, or int8 where the variant rounds them and its exact twin has passed
+    activations    float32, or int8 where the variant rounds them and its exact twin has passed
+    paths_max_abs  how far these logits are from those of the same graph's `prefill`
     """
 
     variant: str
@@ -44,6 +45,7 @@ class Check:
     activations: str = "float32"
     logits_max_abs: float = 0.0
     states_max_abs: float = 0.0
+    paths_max_abs: float = 0.0
     worst_share: float = 0.0
     worst_name: str = ""
     top1_agree: int = 0

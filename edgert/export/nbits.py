@@ -136,7 +136,7 @@ def packed(codes: Codes, bits: int) -> Codes:
 
 
 SCHEMES = {
-    "int8": Scheme(8, block=64, method="gptq", head=8),
+    "int8": Scheme(8, block=32, method="gptq", head=8),
     "int4": Scheme(4, block=32, method="gptq", head=8),
 }
 """What a precision stands for, unless a recipe says otherwise. Figures: docs/precision.md."""

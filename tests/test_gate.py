@@ -202,7 +202,7 @@ def change_weight(bundle: Path, old: torch.Tensor, change: Callable[[np.ndarray]
 
 def test_a_sound_bundle_passes_every_check(model_a_bundle, program) -> None:
     """So that the failures below are the change's and not the gate's."""
-    verdict = check_bundle(model_a_bundle, program, "fp32")
+    verdict = check_bundle(model_a_bundle, program)
     assert len(verdict.checks) == 8
     assert all(check.worst_share < 0.5 for check in verdict.checks)
 
@@ -235,7 +235,7 @@ def test_one_wrong_weight_is_found_where_it_shows_first(
     change_weight(bundle, dict(model_a.named_parameters())[weight].detach(), change)
     kind = "result" if first == "logits" else "state"
     with pytest.raises(GateFailed, match=f"^{kind} '{first}' differs from eager torch") as failure:
-        check_bundle(bundle, program, "fp32")
+        check_bundle(bundle, program)
     assert failure.value.where.startswith("variant fp32-ort, check 'prefill', ")
 
 
@@ -245,7 +245,7 @@ def test_values_that_are_no_numbers_never_pass(model_a_bundle, model_a, program,
     weight = model_a.reasoning[0].w_down.detach()
     change_weight(bundle, weight, lambda values: values.fill(np.nan))
     with pytest.raises(GateFailed, match=r"state 'k\.3' differs .*: nan instead of "):
-        check_bundle(bundle, program, "fp32")
+        check_bundle(bundle, program)
 
 
 def test_a_model_that_computes_no_numbers_never_passes(model_a_bundle, model_a_checkpoint) -> None:
@@ -253,7 +253,7 @@ def test_a_model_that_computes_no_numbers_never_passes(model_a_bundle, model_a_c
     model = load_source(model_a_checkpoint).model
     model.perception[1].w_down[:] = torch.nan
     with pytest.raises(GateFailed, match="instead of nan"):
-        check_bundle(model_a_bundle, graphs(model), "fp32")
+        check_bundle(model_a_bundle, graphs(model))
 
 
 def test_the_place_of_the_difference_is_exact(model_a_bundle, program) -> None:
@@ -266,7 +266,7 @@ def test_the_place_of_the_difference_is_exact(model_a_bundle, program) -> None:
         return reference
 
     with pytest.raises(GateFailed) as failure:
-        check_bundle(model_a_bundle, replace(program, reference=one_wrong), "fp32")
+        check_bundle(model_a_bundle, replace(program, reference=one_wrong))
     assert failure.value.where == (
         "variant fp32-ort, check 'prefill', step 0, position 0, index (17, 42)"
     )
@@ -283,7 +283,7 @@ def test_both_lowerings_are_checked(model_a_bundle, program, model_a, copied) ->
     ir.save(model, graph)
     write_manifest(bundle, seal(replace(read_manifest(bundle), files=list_files(bundle))))
     with pytest.raises(GateFailed, match="result 'logits' differs") as failure:
-        check_bundle(bundle, program, "fp32")
+        check_bundle(bundle, program)
     assert failure.value.where.startswith("variant fp32-portable, check 'prefill'")
 
 

@@ -24,7 +24,7 @@ from edgert.runner import SCORE_CHUNK, Execution
 MARGIN = 1e-3
 """Lead of the best logit over the second below which two correct paths may differ."""
 
-_PARITY_MARGINS = 4
+_LOGITS = 2  # in a lead
 _MAX_PARITY_BYTES = 1 << 20
 
 
@@ -148,17 +148,27 @@ def check_expected(found: str, expected: str, where: str) -> None:
 
 
 def margin_of(model: Model) -> float:
-    """The margin for a bundle: MARGIN, or more where its own parity report saw more.
+    """The margin for a variant: MARGIN, or more where the bundle's own parity report saw more.
 
     Graphs that each lie within some error of the truth may differ by twice as much, and a lead
-    counts two logits: four times the largest difference of any variant that the gate let pass.
+    counts two logits: four times the largest difference of any variant of the same precision that
+    the gate let pass. A variant that rounds activations lies far from the truth and near itself:
+    twice the largest difference that the gate saw between two ways of feeding it.
     """
+    variants = model.manifest.variants
+    alike = [n for n, v in variants.items() if v.precision == model.runner.variant.precision]
     if "parity.json" not in model.manifest.reports:
         return MARGIN
     try:
         report = json.loads(read_regular(model.bundle.root / "parity.json", _MAX_PARITY_BYTES))
-        seen = [float(check["logits_max_abs"]) for check in report["checks"]]
+        checks = [check for check in report["checks"] if check["variant"] in alike]
+        seen = [
+            float(check["paths_max_abs"]) * _LOGITS
+            if check.get("activations") == "int8"
+            else float(check["logits_max_abs"]) * _LOGITS * 2
+            for check in checks
+        ]
     except (EdgertError, ValueError, TypeError, KeyError, RecursionError):
         return MARGIN
     worst = max((value for value in seen if np.isfinite(value)), default=0.0)
-    return max(MARGIN, _PARITY_MARGINS * worst)
+    return max(MARGIN, worst)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgert.cli.options import as_json, common, option
-from edgert.cli.show import LABEL, TerminalReporter, note, print_json, size
+from edgert.cli.show import LABEL, TerminalReporter, accuracy_lines, note, print_json, size
 
 if TYPE_CHECKING:
     from edgert.export.comparison import Verdict
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     metavar="BUNDLE",
     help="The bundle directory to write.",
 )
-@option("--precision", metavar="NAME", help="fp32 (the default).")
+@option(
+    "--precision",
+    metavar="NAMES",
+    help="fp32 (the default), int8, int4; several with commas between.",
+)
 @option(
     "--lowering", "lowerings", multiple=True, metavar="NAME", help="ort, portable (default: both)."
 )
@@ -113,11 +117,14 @@ def export(
                 "variants": {name: v.variant_id for name, v in manifest.variants.items()},
                 "verdict": "pass",
                 "checks": [vars(check) for check in exported.verdict.checks],
+                "accuracy": exported.accuracy,
             }
         )
         return
     for line in _parity_table(exported.verdict):
         note(f"{'parity':<{LABEL}}{line}", quiet=quiet)
+    for line in accuracy_lines(exported.accuracy):
+        note(f"{'accuracy':<{LABEL}}{line}", quiet=quiet)
     click.echo(
         f"{'bundle':<{LABEL}}{exported.path}  {size(exported.nbytes)}  "
         f"identity {exported.manifest.model_id[:12]}  verdict pass"
@@ -151,13 +158,15 @@ def _parity_table(verdict: Verdict) -> list[str]:
         "free": "iterations, free-running",
         "whole": "iterations in one graph",
     }
-    width = max(len(c.variant) for c in verdict.checks) + 2
+    rounds = {"float32": "", "int8": " (int8)"}
+    names = [c.variant + rounds[c.activations] for c in verdict.checks]
+    width = max(map(len, names)) + 2
 
     def states(worst: float | None) -> str:
         return f"{'-':<7}" if worst is None else f"{worst:.1e}"
 
     return [
-        f"{c.variant:<{width}}{words[c.name]:<28}max |Δlogit| {c.logits_max_abs:.1e}  "
+        f"{name:<{width}}{words[c.name]:<28}max |Δlogit| {c.logits_max_abs:.1e}  "
         f"max |Δstate| {states(c.states_max_abs)}  top-1 {c.top1_agree}/{c.top1_total}"
-        for c in verdict.checks
+        for name, c in zip(names, verdict.checks, strict=True)
     ]

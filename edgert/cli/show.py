@@ -41,6 +41,18 @@ def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, ensure_ascii=not utf8, indent=indent))
 
 
+def accuracy_lines(report: dict[str, Any] | None) -> list[str]:
+    """What each variant with weights of few bits costs, from the bundle's accuracy report."""
+    found = report["variants"] if report else {}
+    width = max(map(len, found), default=0) + 2
+    return [
+        f"{name:<{width}}perplexity {one['perplexity']:.3f} (fp32 {one['perplexity_fp32']:.3f}, "
+        f"ratio {one['ratio']:.4f} ± {one['ratio_error']:.4f})  KL {one['kl']:.4f}  "
+        f"top-1 {one['top1']:.1%}" + "  beyond its budget" * (not one["within_budget"])
+        for name, one in found.items()
+    ]
+
+
 def progress_bar(total: int | None, unit_bytes: bool = False) -> Progress:
     """A bar on stderr that is drawn only where someone watches, and erased when done.
 

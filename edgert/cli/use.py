@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgert.cli.options import BUNDLE, as_json, common
-from edgert.cli.show import hashing, print_json, size
+from edgert.cli.show import accuracy_lines, hashing, print_json, size
 
 if TYPE_CHECKING:
     from edgert.spec import Manifest, Wire
 
-MAX_PARITY_BYTES = 1 << 20
+MAX_REPORT_BYTES = 1 << 20
+_MEASURED = ("perplexity", "perplexity_fp32", "ratio", "ratio_error", "kl", "top1")
 
 
 @click.command(epilog="example: edgert inspect bundles/smollm2-135m-instruct --json")
@@ -22,40 +23,71 @@ MAX_PARITY_BYTES = 1 << 20
 @as_json
 @common
 def inspect(bundle: Path, as_json: bool, quiet: bool, debug: bool) -> None:
-    """What a bundle holds: program, state, variants, files, parity verdict."""
+    """What a bundle holds: program, state, variants, files, parity verdict, accuracy."""
     from edgert.bundle import Bundle, manifest_to_json
 
     opened = Bundle.open(bundle, verify=False)
     manifest = opened.manifest
     parity = _parity(opened.root) if "parity.json" in manifest.reports else None
+    accuracy = _accuracy(opened.root) if "accuracy.json" in manifest.reports else None
     if as_json:
         value = manifest_to_json(manifest)
         value["state_bytes_per_token"] = state_bytes_per_token(manifest)
         value["bytes"] = sum(entry.bytes for entry in manifest.files.values())
-        print_json(value | {"parity": parity})
+        print_json(value | {"parity": parity, "accuracy": accuracy})
         return
     click.echo("\n".join(_describe(manifest, parity)))
+    for line in accuracy_lines(accuracy):
+        click.echo(f"accuracy  {line}")
 
 
 def _parity(root: Path) -> dict[str, Any]:
-    """The verdict of the export's gate; the bundle may come from anywhere, so it is checked."""
+    """The verdict of the export's gate."""
+
+    def known(value: Any) -> bool:
+        words = value["verdict"], value["truth"]
+        numbers = [check["logits_max_abs"] for check in value["checks"]]
+        return (
+            all(isinstance(word, str) and word.isprintable() for word in words)
+            and bool(numbers)
+            and all(isinstance(number, float) for number in numbers)
+        )
+
+    return _report(root, "parity", known)
+
+
+def _accuracy(root: Path) -> dict[str, Any]:
+    """What the weight-only variants cost, as the export measured it."""
+
+    def known(value: Any) -> bool:
+        variants = value["variants"]
+        return all(
+            name.isprintable()
+            and isinstance(one["within_budget"], bool)
+            and all(isinstance(one[key], float) for key in _MEASURED)
+            for name, one in variants.items()
+        )
+
+    return _report(root, "accuracy", known)
+
+
+def _report(root: Path, name: str, known: Callable[[Any], bool]) -> dict[str, Any]:
+    """A report of a bundle; it may come from anywhere, so it is checked."""
     import json
 
     from edgert.errors import BadBundle
     from edgert.files import read_regular
 
+    path = root / f"{name}.json"
     try:
-        value = json.loads(read_regular(root / "parity.json", MAX_PARITY_BYTES))
-        words = value["verdict"], value["truth"]
-        numbers = [check["logits_max_abs"] for check in value["checks"]]
-        known = all(isinstance(word, str) and word.isprintable() for word in words)
-        if known and numbers and all(isinstance(number, float) for number in numbers):
+        value = json.loads(read_regular(path, MAX_REPORT_BYTES))
+        if known(value):
             return dict(value)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise BadBundle(
-        "the parity report is not one that edgert writes",
-        where=str(root / "parity.json"),
+        f"the {name} report is not one that edgert writes",
+        where=str(path),
         do="export the bundle again, or copy it again from its source",
     )
 
@@ -104,11 +136,15 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
     ]
     lines.append("source    " + ", ".join(told))
     if parity:
-        worst = max(check["logits_max_abs"] for check in parity["checks"])
-        lines.append(
-            f"parity    {parity['verdict']}: {len(parity['checks'])} checks against "
-            f"{parity['truth']}, max |Δlogit| {worst:.1e}"
-        )
+        rounded = [c for c in parity["checks"] if c.get("activations") == "int8"]
+        exact = [c for c in parity["checks"] if c not in rounded]
+        for checks, how in ((exact, ""), (rounded, ", activations in int8")):
+            if checks:
+                worst = max(check["logits_max_abs"] for check in checks)
+                lines.append(
+                    f"parity    {parity['verdict']}: {len(checks)} checks against "
+                    f"{parity['truth']}{how}, max |Δlogit| {worst:.1e}"
+                )
     else:
         lines.append("parity    no verdict in this bundle")
     return lines

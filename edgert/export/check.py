@@ -13,7 +13,8 @@ keys before it shows anywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 from edgert.backends import open_backend
 from edgert.bundle import Bundle
 from edgert.export.check_solving import solving
-from edgert.export.comparison import TOLERANCE, Check, Checks, Comparison, Verdict
+from edgert.export.comparison import ROUNDED, TOLERANCE, Check, Checks, Comparison, Verdict
+from edgert.export.quantize import Quantizer, exact_twin
 from edgert.models.program import Program, Reference
 from edgert.progress import Reporter
 from edgert.runner import Execution, Runner
@@ -40,6 +42,7 @@ class _Gate:
         self.runner, self.ids = runner, ids
         self.states = {name: tensor.numpy() for name, tensor in truth.states.items()}
         self.logits = truth.logits.numpy()
+        self.prefill: NDArray[np.float32] | None = None
 
     def checks(self) -> Checks:
         total = self.ids.shape[1]
@@ -70,6 +73,10 @@ class _Gate:
             at = f"step {step}, position {start}"
             self._compare_logits(c, rows, tokens, 0, start, at)
             start += len(rows)
+        whole = np.concatenate([rows for rows, _ in logits])
+        if self.prefill is None:
+            self.prefill = whole
+        c.check.paths_max_abs = float(np.abs(whole - self.prefill).max())
 
     def _batch(self, c: Comparison) -> None:
         """Two rows that end at different positions, then up to three steps of both."""
@@ -115,31 +122,59 @@ class _Gate:
 
 
 def check_bundle(
-    root: Path, program: Program, precision: str, reporter: Reporter | None = None
+    root: Path,
+    program: Program,
+    quantizers: Mapping[str, Quantizer] | None = None,
+    reporter: Reporter | None = None,
 ) -> Verdict:
     """Run every check on every variant of a bundle.
 
+    quantizers  by precision, of the variants with weights of few bits: eager torch computes with
+                the values of their codes. A variant that rounds activations is run twice: as a twin
+                that does not, against the tight tolerance, and as it is, against `ROUNDED`.
     Raises GateFailed at the first difference beyond the tolerance: the state or result, the
     variant, the check, the step, the index and both values.
     """
     reporter = reporter or Reporter()
     bundle = Bundle.open(root, verify=False)
-    gate, inputs = _decoding(program) if program.reference else solving(program, SEED)
-    verdict = Verdict(precision, inputs)
+    checks: list[Check] = []
+    inputs: dict[str, int] = {}
+    variants = bundle.manifest.variants
+    for precision in dict.fromkeys(v.precision for v in variants.values()):
+        quantizer = (quantizers or {}).get(precision)
+        with quantizer.applied() if quantizer else contextlib.nullcontext():
+            gate, inputs = _decoding(program) if program.reference else solving(program, SEED)
+        for name in [n for n, v in variants.items() if v.precision == precision]:
+            if quantizer and quantizer.scheme.accuracy_level:
+                with exact_twin(bundle, name) as twin:
+                    checks += _check(twin, name, gate, TOLERANCE[precision], "float32", reporter)
+                checks += _check(bundle, name, gate, ROUNDED, "int8", reporter)
+            else:
+                checks += _check(bundle, name, gate, TOLERANCE[precision], "float32", reporter)
+    return Verdict(inputs, checks)
+
+
+def _check(
+    bundle: Bundle,
+    variant: str,
+    gate: Callable[[Runner], Checks],
+    tolerance: float,
+    activations: str,
+    reporter: Reporter,
+) -> list[Check]:
     backend = open_backend("cpu")
-    for variant in bundle.manifest.variants:
-        runner = Runner(bundle, variant, backend)
-        checks = dict(gate(runner))
-        with reporter.stage("parity", f"eager = {variant}", len(checks)) as advance:
-            for name, body in checks.items():
-                check = Check(variant, name)
-                body(Comparison(check, TOLERANCE[precision]))
-                verdict.checks.append(check)
-                advance(1)
-        for graph in runner.graphs.values():
-            graph.close()
-    backend.close()
-    return verdict
+    runner = Runner(bundle, variant, backend)
+    todo = dict(gate(runner))
+    done = []
+    what = f"eager = {variant}" + ", rounding activations" * (activations == "int8")
+    with reporter.stage("parity", what, len(todo)) as advance:
+        for name, body in todo.items():
+            check = Check(variant, name, activations)
+            body(Comparison(check, tolerance))
+            done.append(check)
+            advance(1)
+    runner.close()
+    return done
 
 
 def _decoding(program: Program) -> tuple[Callable[[Runner], Checks], dict[str, int]]:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgert.errors import MissingDependency, UsageError
+from edgert.export.nbits import SCHEMES
 from edgert.export.write import ExportOptions
 from edgert.models.importers.common import Problems, named, shown
 from edgert.sampler import SamplingParams
@@ -26,7 +27,7 @@ _KEYS = {
         *("package", "install", "path", "context", "tokenizer", "random_seed"),
         *("task", "dataset", "settings"),
     },
-    "export": {"precision", "lowerings", "unrolled"},
+    "export": {"precision", "lowerings", "unrolled", *SCHEMES},
 }
 _TYPES: dict[str, type] = {
     "format_version": int,
@@ -35,6 +36,7 @@ _TYPES: dict[str, type] = {
     "lowerings": list,
     "unrolled": bool,
     "settings": dict,
+    **dict.fromkeys(SCHEMES, dict),
 }
 _TABLES = ("sampling", "model", "data", "train")  # read elsewhere
 RUNS = Path("runs")
@@ -157,6 +159,7 @@ def _options(table: dict[str, Any], path: Path) -> ExportOptions:
             name=table.get("name"),
             unrolled=export.get("unrolled", False),
             task=table.get("source", {}).get("task"),
+            schemes={name: export[name] for name in SCHEMES if name in export},
         )
     except UsageError as error:
         what = error.what[:MAX_LINE]  # may quote the recipe

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ import torch
 from edgert._version import __version__
 from edgert.bundle import Bundle, list_files, seal, write_manifest
 from edgert.errors import UnsupportedModel, UsageError
+from edgert.export.accuracy import REPORT as ACCURACY
 from edgert.export.check import check_bundle
 from edgert.export.comparison import Verdict
+from edgert.export.few_bits import accuracy_of, quantizers_of
+from edgert.export.nbits import SCHEMES, Scheme, scheme_of
+from edgert.export.quantize import Quantizer
 from edgert.export.task import task_of
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
@@ -29,7 +35,7 @@ from edgert.progress import Reporter
 from edgert.spec import LOWERINGS, GraphSpec, Lowering, Manifest, TokenizerSpec, VariantSpec
 from edgert.workshop import workshop
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", *SCHEMES)
 DEFAULT_LOWERINGS: tuple[Lowering, ...] = ("ort", "portable")
 
 
@@ -37,8 +43,10 @@ DEFAULT_LOWERINGS: tuple[Lowering, ...] = ("ort", "portable")
 class ExportOptions:
     """What to make of a source. `sampling` are the bundle's defaults, over the source's own.
 
-    unrolled  add variants with a loop unrolled in one graph
-    task      what the puzzles of a model that solves are, instead of what its source says
+    precision  one, or several with commas between
+    schemes    by precision, what is to differ from its usual scheme
+    unrolled   add variants with a loop unrolled in one graph
+    task       what the puzzles of a model that solves are, instead of what its source says
     """
 
     precision: str = "fp32"
@@ -47,13 +55,26 @@ class ExportOptions:
     name: str | None = None
     unrolled: bool = False
     task: str | None = None
+    schemes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part.strip() for part in self.precision.split(",")))
+
+    @property
+    def weight_only(self) -> dict[str, Scheme]:
+        """The schemes of the precisions that have one."""
+        return {p: scheme_of(p, self.schemes.get(p)) for p in self.precisions if p in SCHEMES}
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UsageError(
-                f"precision {self.precision!r} cannot be exported",
-                do=f"choose one of: {', '.join(PRECISIONS)}",
-            )
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                raise UsageError(
+                    f"precision {precision!r:.60} cannot be exported",
+                    do=f"choose from: {', '.join(PRECISIONS)}, with commas between",
+                )
+        for precision, given in self.schemes.items():
+            scheme_of(precision, given)
         for lowering in self.lowerings:
             if lowering not in DEFAULT_LOWERINGS:
                 raise UsageError(
@@ -77,6 +98,7 @@ class Exported:
     manifest: Manifest
     verdict: Verdict
     nbytes: int
+    accuracy: dict[str, Any] | None = None  # what accuracy.json holds
 
 
 def export_bundle(
@@ -91,15 +113,17 @@ def export_bundle(
     program = program_of(source.model)
     source = replace(source, task=task_of(program, options.task, source.task, reporter))
     lowerings = _feasible(program, options.lowerings, reporter)
+    quantizers = quantizers_of(program, source, options.weight_only, lowerings, reporter)
     with workshop(out) as work:
-        variants = _write_graphs(work, program, options, lowerings, reporter)
+        variants = _write_graphs(work, program, options, lowerings, quantizers, reporter)
         manifest = _manifest(work, program, source, options, variants)
         _write_sealed(work, manifest)
-        verdict = check_bundle(work, program, options.precision, reporter)
-        manifest = _add_parity(work, verdict)
+        verdict = check_bundle(work, program, quantizers, reporter)
+        accuracy = accuracy_of(work, program, source, quantizers, reporter)
+        manifest = _add_reports(work, verdict, accuracy)
         publish_directory(work, out)
     nbytes = sum(entry.bytes for entry in manifest.files.values())
-    return Exported(out, manifest, verdict, nbytes)
+    return Exported(out, manifest, verdict, nbytes, accuracy)
 
 
 def _feasible(
@@ -123,38 +147,64 @@ def _write_graphs(
     program: Program,
     options: ExportOptions,
     lowerings: tuple[Lowering, ...],
+    quantizers: Mapping[str, Quantizer],
     reporter: Reporter,
 ) -> dict[str, VariantSpec]:
-    """Every graph in every lowering, over one weights file."""
-    precision = options.precision
-    folder = work / "variants" / precision
-    folder.mkdir(parents=True)
+    """Every graph in every lowering, over one weights file for each precision.
+
+    A graph is traced once; weights of few bits are the `ort` lowering's alone.
+    """
     variants: dict[str, VariantSpec] = {}
     forms = {"": program.graphs}
     if options.unrolled and program.unrolled is not None:
         forms["-unrolled"] = (program.unrolled,)
-    with WeightsFile(folder / "weights.data") as weights:
+    with contextlib.ExitStack() as stack:
+        files: dict[str, WeightsFile] = {}
+        for precision in options.precisions:
+            folder = work / "variants" / precision
+            folder.mkdir(parents=True)
+            weights = WeightsFile(folder / "weights.data", dense=precision in quantizers)
+            files[precision] = stack.enter_context(weights)
         for lowering in lowerings:
+            wanted = [p for p in files if p not in quantizers or lowering == "ort"]
             for form, graphs in forms.items():
-                specs: dict[str, GraphSpec] = {}
-                opsets: dict[str, int] = {}
-                for graph in graphs:
-                    name = f"{graph.name}-{lowering}{form}"
-                    with reporter.stage("tracing", f"{graph.name}{form} ({lowering})"):
-                        model = trace(program, graph, lowering)
-                    check_weights(model, program.weights, f"{graph.name}{form} ({lowering})")
-                    strip(model)
-                    weights.externalize(model)
-                    file = folder / f"{name}.onnx"
-                    ir.save(model, file)
-                    opsets |= {domain or "ai.onnx": v for domain, v in model.opset_imports.items()}
-                    relative = file.relative_to(work).as_posix()
-                    data = (f"variants/{precision}/{weights.path.name}",)
-                    specs[graph.name] = GraphSpec(relative, data, graph.inputs, graph.outputs)
-                variant = VariantSpec(precision, lowering, opsets, specs)
-                variants[f"{precision}-{lowering}{form}"] = variant
-        nbytes = weights.nbytes
-    reporter.line("weights", f"{precision}, {nbytes / 1e6:.1f} MB, one file for all lowerings")
+                specs: dict[str, dict[str, GraphSpec]] = {p: {} for p in wanted}
+                opsets: dict[str, dict[str, int]] = {p: {} for p in wanted}
+                for graph in graphs if wanted else ():
+                    where = f"{graph.name}{form} ({lowering})"
+                    with reporter.stage("tracing", where):
+                        traced = trace(program, graph, lowering)
+                    check_weights(traced, program.weights, where)
+                    for precision in wanted:
+                        model = traced.clone()
+                        if precision in quantizers:
+                            quantizer = quantizers[precision]
+                            with reporter.stage("rounding", f"{where} to {precision}"):
+                                quantizer.rewrite(model)
+                            made = quantizer.tensors()
+                            check_weights(model, program.weights, f"{where} {precision}", made)
+                        strip(model)
+                        weights = files[precision]
+                        weights.externalize(model)
+                        file = weights.path.parent / f"{graph.name}-{lowering}{form}.onnx"
+                        ir.save(model, file)
+                        imported = model.opset_imports.items()
+                        opsets[precision] |= {domain or "ai.onnx": v for domain, v in imported}
+                        specs[precision][graph.name] = GraphSpec(
+                            file.relative_to(work).as_posix(),
+                            (weights.path.relative_to(work).as_posix(),),
+                            graph.inputs,
+                            graph.outputs,
+                        )
+                for precision in wanted:
+                    variants[f"{precision}-{lowering}{form}"] = VariantSpec(
+                        precision, lowering, opsets[precision], specs[precision]
+                    )
+        sizes = {precision: weights.nbytes for precision, weights in files.items()}
+    for precision, nbytes in sizes.items():
+        scheme = quantizers[precision].scheme if precision in quantizers else None
+        how = f", {scheme}" if scheme else ""
+        reporter.line("weights", f"{precision}{how}, {nbytes / 1e6:.1f} MB, one file")
     return variants
 
 
@@ -217,12 +267,15 @@ def _write_sealed(work: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def _add_parity(work: Path, verdict: Verdict) -> Manifest:
-    """Store the verdict: a report, so it changes neither identity."""
+def _add_reports(work: Path, verdict: Verdict, accuracy: dict[str, Any] | None) -> Manifest:
+    """Store what was found: reports, so they change neither identity."""
     bundle = Bundle.open(work, verify=False)
-    text = json.dumps(verdict.to_json(bundle), indent=1)
-    (work / "parity.json").write_text(text + "\n", encoding="utf-8")
-    return _write_sealed(work, replace(bundle.manifest, reports=("parity.json",)))
+    reports = {"parity.json": verdict.to_json(bundle)}
+    if accuracy is not None:
+        reports[ACCURACY] = accuracy
+    for name, value in reports.items():
+        (work / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    return _write_sealed(work, replace(bundle.manifest, reports=tuple(reports)))
 
 
 def weights_id(model: torch.nn.Module) -> str:

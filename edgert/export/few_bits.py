@@ -1,0 +1,86 @@
+"""Weights of few bits in an export: which are made, by what they are calibrated, what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgert.bundle import Bundle
+from edgert.errors import UnsupportedModel
+from edgert.export import accuracy
+from edgert.export.calibration import moments
+from edgert.export.nbits import CALIBRATED, Scheme
+from edgert.export.quantize import Quantizer
+from edgert.models.importers import Imported
+from edgert.models.program import Program
+from edgert.progress import Reporter
+
+
+def quantizers_of(
+    program: Program,
+    source: Imported,
+    schemes: Mapping[str, Scheme],
+    lowerings: Sequence[str],
+    reporter: Reporter,
+) -> dict[str, Quantizer]:
+    """By precision. Raises UnsupportedModel where no operator takes such weights."""
+    if not schemes:
+        return {}
+    wanted = ", ".join(schemes)
+    if program.reference is None:
+        raise UnsupportedModel(
+            f"{wanted}: weights of few bits are for models that decode tokens",
+            do="export with --precision fp32",
+        )
+    if "ort" not in lowerings:
+        why = program.refusals.get("ort", "it was not asked for")
+        raise UnsupportedModel(
+            f"{wanted} needs the lowering ort: {why}", do="export with --precision fp32"
+        )
+    seen = {}
+    if any(scheme.method in CALIBRATED for scheme in schemes.values()):
+        tokenizer = accuracy.tokenizer_of(source)
+        if tokenizer is None:
+            reporter.line("note", "no tokenizer, so no calibration text: scales by search")
+        else:
+            windows = accuracy.sample(tokenizer, program.context, offset=0.0).windows
+            reference = program.reference
+            with reporter.stage("reading", "calibration text", len(windows)) as advance:
+
+                def run(ids: accuracy.Ids) -> None:
+                    reference(torch.from_numpy(ids[None]))
+                    advance(1)
+
+                seen = moments(program.weights, run, windows)
+    return {name: Quantizer(program.weights, scheme, seen) for name, scheme in schemes.items()}
+
+
+def accuracy_of(
+    work: Path,
+    program: Program,
+    source: Imported,
+    quantizers: Mapping[str, Quantizer],
+    reporter: Reporter,
+) -> dict[str, Any] | None:
+    """The accuracy report of an unpublished bundle, or None where there is nothing to compare."""
+    if not quantizers:
+        return None
+    tokenizer = accuracy.tokenizer_of(source)
+    if tokenizer is None:
+        reporter.line("note", "accuracy not measured: the model has no tokenizer to read a text")
+        return None
+    bundle = Bundle.open(work, verify=False)
+    sample = accuracy.sample(tokenizer, program.context)
+    found = accuracy.measure(bundle, program, sample.windows, reporter)
+    report = accuracy.report(bundle, quantizers, found, sample.origin)
+    for name, one in report["variants"].items():
+        if not one["within_budget"]:
+            reporter.line(
+                "note",
+                f"{name} costs more than its budget: perplexity ratio {one['ratio']:.4f}, "
+                f"{one['budget']} allowed",
+            )
+    return report

@@ -212,10 +212,10 @@ def fed_back_wrongly(patch: pytest.MonkeyPatch) -> None:
 
 def test_a_carry_fed_back_wrongly_shows_when_it_runs_freely(settled, monkeypatch):
     path, network = settled
-    check_bundle(path, program_of(network), "fp32")
+    check_bundle(path, program_of(network))
     fed_back_wrongly(monkeypatch)
     with pytest.raises(GateFailed, match="result 'logits' differs") as failure:
-        check_bundle(path, program_of(network), "fp32")
+        check_bundle(path, program_of(network))
     assert "check 'free', iteration 1" in failure.value.where
 
 
@@ -233,5 +233,5 @@ def test_a_count_that_stands_still_shows_when_it_runs_freely(tmp_path, monkeypat
 
     monkeypatch.setattr(Slots, "advance", advance)
     with pytest.raises(GateFailed, match="result 'logits' differs") as failure:
-        check_bundle(tmp_path / "b", program_of(source.model), "fp32")
+        check_bundle(tmp_path / "b", program_of(source.model))
     assert "check 'free', iteration 1" in failure.value.where

@@ -157,6 +157,7 @@ def test_the_readmes_python_runs(bundle, capsys, tmp_path, monkeypatch) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert "bundles/smollm2-135m-instruct" in block
     names: dict[str, Any] = {}
-    exec(block.replace("bundles/smollm2-135m-instruct", str(bundle)), names)
+    block = block.replace("bundles/smollm2-135m-instruct", str(bundle))
+    exec(block.replace("examples/", f"{ROOT}/examples/"), names)
     assert capsys.readouterr().out.strip()
     assert names["logits"].shape == (1, 5, 49152)

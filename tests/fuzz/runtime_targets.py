@@ -119,9 +119,10 @@ def chat(folder: Path) -> Target:
 
     from edgert.chat import render_chat, sandbox
 
-    # The sandbox's own deadline: well before the one of these tests, and by the same clock.
+    # The sandbox's own deadline: well before the one of these tests, and by a clock that neither
+    # other processes nor other threads move.
     sandbox.MAX_SECONDS = 0.5
-    sandbox.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
+    sandbox.time = SimpleNamespace(monotonic=time.thread_time)  # type: ignore[assignment]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
     seeds = [
         TEMPLATE,

@@ -28,8 +28,7 @@ from training_targets import trained, training_recipe
 TARGETS: dict[str, Callable[[Path], Target]] = {
     make.__name__: make
     for make in (
-        *(manifest, onnx, tokenizer, chat, sampling, session, locked, parity),
-        *(solving, puzzles),
+        *(manifest, onnx, tokenizer, chat, sampling, session, locked, solving, puzzles, parity),
         *(gguf, gguf_tokenizer, checkpoint, huggingface, recipe),
         *(training_recipe, trained),
     )

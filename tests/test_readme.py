@@ -13,11 +13,13 @@ from pathlib import Path
 
 import click
 import pytest
+from tiny_decoder import speaking
 from wheels import ROOT
 
 import edgert
 from edgert.cli import cli, main
 from edgert.errors import EdgertError
+from edgert.export.write import ExportOptions, export_bundle
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "export").glob("*.md")])
 
@@ -82,6 +84,13 @@ PUZZLES, PAUSED = "puzzles.txt", "puzzles.session"
 
 
 @pytest.fixture(scope="module")
+def ladder_bundle(tmp_path_factory) -> Path:
+    """The tiny bundle's model in every precision."""
+    out = tmp_path_factory.mktemp("bundles") / "ladder"
+    return export_bundle(speaking(), out, ExportOptions("fp32,int8,int4", ("ort",))).path
+
+
+@pytest.fixture(scope="module")
 def files(tiny_bundle, saved_session, copier_bundle, tmp_path_factory) -> dict[str, Path]:
     """What stands in for a named file, by its name or its ending: puzzles, and some left off; a
     session of more than 40 tokens, a text, and a bench of the tiny bundle."""
@@ -112,7 +121,15 @@ def files(tiny_bundle, saved_session, copier_bundle, tmp_path_factory) -> dict[s
     ids=str,
 )
 def test_what_is_cheap_runs(
-    typed, tiny_bundle, model_a_bundle, copier_bundle, files, tmp_path, monkeypatch, capsys
+    typed,
+    tiny_bundle,
+    model_a_bundle,
+    copier_bundle,
+    ladder_bundle,
+    files,
+    tmp_path,
+    monkeypatch,
+    capsys,
 ) -> None:
     """With a tiny bundle and files in place of those that are named, and somebody at the keyboard
     who says one thing."""
@@ -125,6 +142,8 @@ def test_what_is_cheap_runs(
     bundle = model_a_bundle if "--ids" in typed.arguments else tiny_bundle
     if "bundles/sudoku4" in typed.arguments:
         bundle = copier_bundle
+    if "--precision" in typed.arguments:
+        bundle = ladder_bundle
 
     def meant(argument: str) -> str:
         if argument.startswith("bundles/") and Path(argument).suffix not in files:

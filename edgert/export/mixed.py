@@ -65,7 +65,7 @@ def harms(quantizer: Quantizer, run: Run, windows: Iterable[Ids]) -> dict[str, f
             for name in watch.maps:
                 if name in quantizer.made:
                     change = torch.from_numpy(quantizer.change(name))  # [N, K]
-                    moved = sum(_moved(change, *call) for call in watch.seen[name])
+                    moved = torch.stack([_moved(change, *call) for call in watch.seen[name]]).sum(0)
                     totals[name] = totals.get(name, 0.0) + float((moved * moved).sum()) / 2
     return {name: total / tokens for name, total in totals.items()}
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,6 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from edgert.bundle import Bundle
 from edgert.export.methods import METHODS, Moments
 from edgert.export.nbits import CALIBRATED, Floats, Quantized, Scheme
 
@@ -146,26 +143,6 @@ class Quantizer:
                 self._codes[name, bits] = METHODS[method](weight, scheme, moments)
             self.made[name] = transposed, self._codes[name, bits]
         return self.made[name][1]
-
-
-@contextlib.contextmanager
-def exact_twin(bundle: Bundle, variant: str) -> Iterator[Bundle]:
-    """Meanwhile there is a bundle of this variant that computes with activations in float32: the
-    same graphs over the same weights, but for that attribute."""
-    with tempfile.TemporaryDirectory(dir=bundle.root) as folder:
-        root = Path(folder)
-        graphs = bundle.manifest.variants[variant].graphs.values()
-        for file in dict.fromkeys(f for graph in graphs for f in (graph.file, *graph.data)):
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            if file.endswith(".onnx"):
-                model = ir.load(bundle.path(file))
-                for node in model.graph:
-                    if node.op_type == "MatMulNBits":
-                        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-                ir.save(model, root / file)
-            else:
-                (root / file).hardlink_to(bundle.path(file))
-        yield Bundle(root, bundle.manifest)
 
 
 def _kind(node: ir.Node) -> str | None:

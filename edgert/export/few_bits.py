@@ -43,13 +43,14 @@ def quantizers_of(
             f"{wanted} needs the lowering ort: {why}", do="export with --precision fp32"
         )
     seen: dict[str, Moments] = {}
-    windows: list[accuracy.Ids] = []
+    judged: list[accuracy.Ids] = []
     if any(scheme.method in CALIBRATED or scheme.mixed for scheme in schemes.values()):
         tokenizer = accuracy.tokenizer_of(source)
         if tokenizer is None:
             reporter.line("note", "no tokenizer, so no calibration text: scales by search")
         else:
             windows = accuracy.sample(tokenizer, program.context, offset=0.0).windows
+            judged = accuracy.sample(tokenizer, program.context, offset=0.25).windows
             reference = program.reference
             with reporter.stage("reading", "calibration text", len(windows)) as advance:
 
@@ -60,8 +61,8 @@ def quantizers_of(
                 seen = moments(program.weights, run, windows)
     made = {name: Quantizer(program.weights, scheme, seen) for name, scheme in schemes.items()}
     for precision, quantizer in made.items():
-        if quantizer.scheme.mixed and windows:
-            _mix(precision, quantizer, program, windows, reporter)
+        if quantizer.scheme.mixed and judged:
+            _mix(precision, quantizer, program, judged, reporter)
     return made
 
 
@@ -72,21 +73,21 @@ def _mix(
     windows: Sequence[accuracy.Ids],
     reporter: Reporter,
 ) -> None:
-    """Let the linear maps that cost most have 8 bits, until the precision's budget holds."""
+    """Let the linear maps that cost most have 8 bits, until the precision's budget holds, on text
+    that is neither what codes were found by nor what the result is measured on."""
     model = cast(Scorer, program.weights)
 
     def run(ids: accuracy.Ids) -> torch.Tensor:
         return model(torch.from_numpy(ids[None]), model.eager(len(ids)))[0]
 
-    with reporter.stage("rounding", f"calibration text to {precision}"):
+    with reporter.stage("mixing", f"{precision}, within its budget"):
         found = widen(quantizer, run, windows, accuracy.BUDGET[precision])
     quantizer.mixed = found
     if found["names"]:
         reporter.line(
             "mixed",
             f"{precision}: {len(found['names'])} of {found['maps']} linear maps keep 8 bits, "
-            f"perplexity ratio {found['narrow_ratio']:.4f} to {found['ratio']:.4f} on "
-            "calibration text",
+            f"perplexity ratio {found['narrow_ratio']:.4f} to {found['ratio']:.4f}",
         )
 
 

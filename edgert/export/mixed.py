@@ -28,7 +28,8 @@ Run = Callable[[Ids], torch.Tensor]
 """Ids [T] -> logits [T, V], in eager torch."""
 
 MARGIN = 0.8
-"""Of what the budget allows: the text it is held on is another one."""
+"""Of what the budget allows: the text it is held on is another one, and activations are rounded
+besides."""
 
 WINDOWS = 2
 """Windows of text whose tokens' gradients rank the maps: order needs less than size."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -185,6 +186,8 @@ class Case:
     options: dict[str, str] = field(default_factory=dict)
 
 
+PINNED = "one core each"
+
 CASES = (
     Case("as shipped"),
     Case("QKV apart", "60 more operators to start, of 1 to 3 µs each", edit=qkv_apart),
@@ -195,6 +198,11 @@ CASES = (
         "nothing bound", "the whole state made anew: its size by memory speed", step=nothing_bound
     ),
     Case("weights as they lie", "kernels without their own layout", prepack=False),
+    Case(
+        "threads pinned",
+        "nothing, unless the kernel moves them",
+        options={"session.intra_op_thread_affinities": PINNED},
+    ),
     Case(
         "threads that sleep",
         "waking a thread, 5 to 50 µs, for each product",
@@ -208,8 +216,11 @@ def opened(bundle: Bundle, variant: str, case: Case, threads: int) -> Iterator[R
     backend = OrtBackend(threads=threads, prepack=case.prepack)
     # they share a process: one that does not run must not keep a core busy
     options = {"session.force_spinning_stop": "1"} | case.options
+    pinned = ";".join(str(core + 1) for core in sorted(os.sched_getaffinity(0))[1:threads])
     for key, value in options.items():
-        backend._options.add_session_config_entry(key, value)
+        value = pinned if value == PINNED else value
+        if value:  # a single thread has no others to pin
+            backend._options.add_session_config_entry(key, value)
     with contextlib.ExitStack() as stack:
         if case.edit is not None:
             bundle = stack.enter_context(twin(bundle, variant, case.edit))

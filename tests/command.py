@@ -24,6 +24,6 @@ def python(*arguments: object, **options: object) -> subprocess.Popen[str]:
     )
 
 
-def finished(process: subprocess.Popen[str]) -> Result:
-    out, err = process.communicate(timeout=120)
+def finished(process: subprocess.Popen[str], seconds: float = 120) -> Result:
+    out, err = process.communicate(timeout=seconds)
     return Result(process.returncode, out, err)

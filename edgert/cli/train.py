@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,11 @@ LINES = 20  # of progress where no terminal shows a bar
     metavar="CHECKPOINT",
     help="Begin with the weights, moments and step of this checkpoint, ours or published.",
 )
+@option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Compute there, whatever the recipe says; auto: CUDA where there is some.",
+)
 @option("--published", is_flag=True, help="Write checkpoints in the published format, too.")
 @as_json
 @common
@@ -50,6 +56,7 @@ def train(
     resume: bool,
     steps: int | None,
     start: Path | None,
+    device: str | None,
     published: bool,
     as_json: bool,
     quiet: bool,
@@ -80,6 +87,8 @@ def train(
             "--resume goes on where the run stands, --from begins a new one", do="choose one"
         )
     parsed = read_recipe(recipe)
+    if device is not None:
+        parsed = replace(parsed, train=replace(parsed.train, device=device))
     run = output or Path("runs") / parsed.name
     outcome = job.train(
         parsed,
@@ -107,11 +116,12 @@ def train(
 def _card(o: Outcome) -> list[str]:
     speed = f", {o.per_s:,.0f} {_short(o.unit)}/s" if o.per_s else ""
     threads = f"{o.threads} thread{'s' if o.threads > 1 else ''}"
+    place = threads if o.device == "cpu" else o.device
     rows = [
         (
             "trained",
             f"{o.model}, {o.parameters:,} parameters, step {o.step:,} of {o.steps:,}"
-            f"{speed} on {threads}, {o.seconds:.0f} s",
+            f"{speed} on {place}, {o.seconds:.0f} s",
         )
     ]
     if o.first is not None:

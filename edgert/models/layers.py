@@ -65,7 +65,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x [B, heads, T, d] with d even; cos, sin from `paired`, broadcastable to x -> like x.
     Half-split order (x0 with x_{d/2}) gives other numbers; importers permute such weights first.
     """
-    swap = torch.arange(x.shape[-1]) ^ 1  # 1, 0, 3, 2, ...
+    swap = torch.arange(x.shape[-1], device=x.device) ^ 1  # 1, 0, 3, 2, ...
     return x * cos + x.index_select(-1, swap) * sin
 
 

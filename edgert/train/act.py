@@ -79,6 +79,9 @@ class Grids:
     labels: Tensor
     identifiers: Tensor
 
+    def to(self, device: torch.device) -> Grids:
+        return Grids(*(getattr(self, field.name).to(device) for field in fields(self)))
+
 
 @dataclass(frozen=True)
 class Carry:
@@ -126,8 +129,8 @@ def first_carry(model: Segmented, grids: Grids) -> Carry:
     """A carry all of whose slots are halted: they take what is offered first."""
     batch = len(grids.inputs)
     z_h, z_l = model.initial(batch)
-    steps = torch.zeros(batch, dtype=torch.int32)
-    return Carry(z_h, z_l, steps, torch.ones(batch, dtype=torch.bool), grids)
+    steps = torch.zeros(batch, dtype=torch.int32, device=z_h.device)
+    return Carry(z_h, z_l, steps, torch.ones_like(steps, dtype=torch.bool), grids)
 
 
 def refill(model: Segmented, carry: Carry, offered: Grids) -> Carry:

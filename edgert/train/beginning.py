@@ -35,6 +35,12 @@ def resume(trainer: Trainer, run: Path) -> tuple[Path | None, list[str]]:
             f"{threads} threads instead of {state.get('threads')}: the loss will agree with "
             "an uninterrupted run's to rounding, not bit for bit"
         )
+    device, before = trainer.workers.device.type, state.get("device", "cpu")
+    if before != device:
+        notes.append(
+            f"on {device} instead of {before}: the loss will agree with an uninterrupted run's to "
+            "rounding, not bit for bit"
+        )
     trainer.restore(
         found.tensors(trained.WEIGHTS), found.tensors(trained.TENSORS), state, str(found.folder)
     )

@@ -46,7 +46,7 @@ def halting_loss(cycles: Sequence[Cycle], labels: Tensor) -> Tensor:
     """Means over cycles: cross-entropy over labelled cells, and 0.5 times how badly the logit of
     halting foretells that all labelled cells of this cycle's answer are right."""
     known = labels != IGNORED
-    total = torch.zeros(())
+    total = torch.zeros((), device=labels.device)
     for cycle in cycles:
         cells = _cross_entropy(cycle.logits, labels).sum() / known.sum().clamp(min=1)
         solved = ((cycle.logits.argmax(-1) == labels) | ~known).all(-1).to(cycle.halt.dtype)

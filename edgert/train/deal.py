@@ -75,7 +75,7 @@ class Dealer:
         share = min(1.0, (step + 1) / self.growing) if self.growing else 1.0
         if self.turn is not None or share < 1.0:
             chosen = range(len(found.inputs))
-            for row in chosen if wanted is None else np.flatnonzero(wanted.numpy()).tolist():
+            for row in chosen if wanted is None else wanted.nonzero().flatten().tolist():
                 number = self.dealt * self.size + mine.start + row
                 self._change(found.inputs[row], found.labels[row], share, number)
         self.batch += 1

@@ -21,6 +21,7 @@ from edgert.train import act
 from edgert.train.act import Carry, Grids
 from edgert.train.bidir_loss import halting_loss, published_loss
 from edgert.train.deal import Dealer
+from edgert.train.device import generators
 from edgert.train.optim_act import learning_rate, sign_sgd
 from edgert.train.puzzle_recipe import PuzzleTrain
 from edgert.train.recipe import TrainRecipe
@@ -39,7 +40,7 @@ class _Grids:
         assert isinstance(recipe.train, PuzzleTrain)
         c = self.config = recipe.train
         self.model, self.dealer, self.workers = model, dealer, workers
-        self.rows = workers.rows(c.batch_size)
+        self.rows, self.device = workers.rows(c.batch_size), workers.device
 
     @property
     def per_step(self) -> int:
@@ -102,7 +103,7 @@ class SegmentObjective(_Grids):
         self.segments = _Segments(model, self.config)
         c = self.config
         nothing = torch.zeros(c.batch_size, model.config.seq_len, dtype=torch.int32)[self.rows]
-        empty = act.first_carry(model, Grids(nothing, nothing, nothing[:, 0]))
+        empty = act.first_carry(model, Grids(nothing, nothing, nothing[:, 0]).to(self.device))
         self.segments.carries = [empty] * c.grad_accum_steps
         self.loss = workers.wrap(self.segments)
 
@@ -111,8 +112,9 @@ class SegmentObjective(_Grids):
             self.segments.outcomes.clear()
         generator = self.generator()
         least = act.explored(self.network.config, self.config.batch_size, generator)
-        offered = self.dealer.deal(step, self.rows, self.segments.carries[micro].halted)
-        loss: Tensor = self.loss(micro, offered, least[self.rows])
+        halted = self.segments.carries[micro].halted
+        offered = self.dealer.deal(step, self.rows, halted).to(self.device)
+        loss: Tensor = self.loss(micro, offered, least[self.rows].to(self.device))
         return loss
 
     @torch.no_grad()
@@ -196,7 +198,7 @@ class SegmentObjective(_Grids):
                 got = "missing" if tensor is None else str(list(tensor.shape))
                 problems.add(f"carry.{number}.{name} is {got}, not {list(shape)}")
             else:
-                found[name] = tensor[self.rows].clone()
+                found[name] = tensor[self.rows].to(self.device, copy=True)
         limits = {
             "steps": (0, c.halt_max_steps),
             "halted": (0, 1),
@@ -214,7 +216,7 @@ class SegmentObjective(_Grids):
                     f"carry.{number}.{name} is {shown(values)}, not {batch} fitting numbers"
                 )
                 continue
-            found[name] = torch.tensor(values, dtype=torch.int32)[self.rows]
+            found[name] = torch.tensor(values, dtype=torch.int32, device=self.device)[self.rows]
         for name, low in (("inputs", 0), ("labels", act.IGNORED)):
             if name in found and not _tokens(found[name], low, c.vocab_size):
                 problems.add(f"carry.{number}.{name} holds other values than tokens")
@@ -261,11 +263,11 @@ class CycleObjective(_Grids):
 
     def loss_of(self, step: int, micro: int) -> Tensor:
         generator = self.generator()
-        offered = self.dealer.deal(step, self.rows)
+        offered = self.dealer.deal(step, self.rows).to(self.device)
         if not self.dropout:
             loss: Tensor = self.loss(offered.inputs, offered.labels)
             return loss
-        with torch.random.fork_rng(devices=[]):  # dropout has no generator of its own
+        with torch.random.fork_rng(generators(self.device)):  # dropout has none of its own
             torch.manual_seed(generator.initial_seed() ^ self.workers.rank)
             loss = self.loss(offered.inputs, offered.labels)
         return loss

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgert.evaluate import windows
 from edgert.models.trainable import TextModel as Model
 from edgert.train.data import Tokens
+from edgert.train.device import device_of
 
 COLLAPSED = 1e-3
 """Below this sensitivity a model is reported as collapsed."""
@@ -102,9 +103,11 @@ def _score(
 ) -> None:
     """Windows of one length, at once."""
     batch = torch.from_numpy(np.stack([ids[begin:end] for begin, _, end in places]))
+    batch = batch.to(device_of(model))
     logits = model(batch)[:, :-1].float()
     found = F.cross_entropy(logits.flatten(0, 1).double(), batch[:, 1:].flatten(), reduction="none")
-    for row, (begin, context, end) in zip(found.view(len(places), -1).numpy(), places, strict=True):
+    rows = found.view(len(places), -1).cpu().numpy()
+    for row, (begin, context, end) in zip(rows, places, strict=True):
         first = max(1, context)
         costs[begin + first : end] = row[first - 1 :]
 
@@ -116,7 +119,7 @@ def sensitivity(model: Model, ids: NDArray[np.int64], window: int) -> float:
     count = min(64, max(2, len(ids) // window))
     length = min(window, len(ids) - 1)
     starts = np.linspace(0, len(ids) - length, count).astype(int)
-    batch = torch.from_numpy(np.stack([ids[s : s + length] for s in starts]))
+    batch = torch.from_numpy(np.stack([ids[s : s + length] for s in starts])).to(device_of(model))
     rows = max(1, MAX_LOGITS // (length * model.config.vocab_size))
     last = torch.cat([model(part)[:, -1].float().softmax(-1) for part in batch.split(rows)])
     return float((last - last.mean(0)).abs().sum(-1).mean() / 2)

@@ -26,6 +26,7 @@ from edgert.files import write_atomic
 from edgert.models.trainable import TextModel
 from edgert.progress import Reporter
 from edgert.train import beginning, checkpoint, metrics, prepare, published
+from edgert.train.device import choose, gpus, local_rank
 from edgert.train.kinds import MATERIALS, PREPARE
 from edgert.train.loop import Step, Trainer
 from edgert.train.objective import Figures
@@ -61,6 +62,7 @@ class Outcome:
     first, last  training loss of the run's first logged step; mean of the last ten
     per_s        units a second of training steps in this session; evaluation and checkpoints not
                  counted
+    device       of this process, such as "cpu" or "cuda:0"
     speaks       of several processes, the one whose figures are complete
     """
 
@@ -79,6 +81,7 @@ class Outcome:
     per_s: float | None
     seconds: float
     threads: int
+    device: str
     interrupted: bool
     speaks: bool
     notes: list[str] = field(default_factory=list)
@@ -115,10 +118,10 @@ def train(
 
     SIGINT and SIGTERM end the session behind the current step, with a checkpoint. Under torchrun
     each process calls this.
-    Raises UsageError (the folder, a changed recipe), BadFile, BadCheckpoint, Diverged, EdgertError
-    if the disk refuses.
+    Raises Incompatible (a device that is not there) before anything else; UsageError (the folder, a
+    changed recipe), BadFile, BadCheckpoint, Diverged, EdgertError if the disk refuses.
     """
-    with workers() as group:
+    with workers(choose(recipe.train, gpus(), local_rank())) as group:
         heard = watcher if watcher is not None and group.first else Watcher()
         with locked(run, resume, group):
             job = _Job(recipe, run, group, heard, write_published)
@@ -168,6 +171,7 @@ class _Job:
             per_s=made * trainer.objective.per_step / spent if made else None,
             seconds=0.0,
             threads=torch.get_num_threads(),
+            device=str(self.group.device),
             interrupted=stopped,
             speaks=self.group.first,
             notes=self.notes,
@@ -299,6 +303,7 @@ class _Job:
                 "data": self.material.record,
                 "evaluation": self.material.evaluation,
                 "threads": torch.get_num_threads(),
+                "device": self.group.device.type,
                 "processes": self.group.count,
                 "versions": {
                     "edgert": __version__,

@@ -56,7 +56,8 @@ class Trainer:
         c = self.config = recipe.train
         self.recipe, self.workers = recipe, workers
         self.model: Model = recipe.family.build(recipe.model)
-        self.model.initialize(torch.Generator().manual_seed(c.seed))
+        self.model.initialize(torch.Generator().manual_seed(c.seed))  # the same on any device
+        self.model.to(workers.device)
         make = OBJECTIVES[recipe.family.kind]
         self.objective: Objective = make(recipe, self.model, source, workers)
         self.optimizer: Optimizer | AdamATan2 = OPTIMIZERS[c.optimizer](self.model, c)
@@ -99,7 +100,7 @@ class Trainer:
     def _autocast(self) -> Any:
         if self.config.precision == "fp32":
             return nullcontext()
-        return torch.autocast("cpu", torch.bfloat16)
+        return torch.autocast(self.workers.device.type, torch.bfloat16)
 
     def _finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from edgert.errors import BadCheckpoint
 from edgert.models.importers.common import Problems
 from edgert.models.trainable import Model
+from edgert.train.device import CPU
 from edgert.train.recipe import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -118,7 +119,7 @@ class Optimizer:
     def _muon(self, name: str, weight: Tensor, grad: Tensor, lr: float) -> None:
         buffer = self.buffers.get(name)
         if buffer is None:
-            buffer = self.buffers[name] = torch.zeros(weight.shape)
+            buffer = self.buffers[name] = torch.zeros(weight.shape, device=weight.device)
         buffer.mul_(self.config.muon_momentum).add_(grad)
         update = orthogonal(grad + self.config.muon_momentum * buffer, self.config.muon_ns_steps)
         rows, columns = weight.shape
@@ -168,8 +169,8 @@ class Optimizer:
         problems.check("the optimizer's state does not fit the model")
         self.updates = updates
         self.buffers = {
-            name: state[f"{MOMENTUM}.{name}"].clone()
-            for name in self.muon
+            name: state[f"{MOMENTUM}.{name}"].to(view.device, copy=True)
+            for name, view in self.muon.items()
             if f"{MOMENTUM}.{name}" in state
         }
         self._allocate({key.partition(".")[2] for key in state}, updates)
@@ -183,7 +184,9 @@ class Optimizer:
         for name in names - set(self.muon):
             leaf: Tensor = self.halves.get(name, self.home[name])
             if leaf not in self.adamw.state:
-                self.adamw.state[leaf] = {"step": torch.tensor(float(updates))} | {
+                # The fused kernel wants the count beside the weights, the list form on the CPU.
+                place = leaf.device if self.adamw.defaults["fused"] else CPU
+                self.adamw.state[leaf] = {"step": torch.tensor(float(updates), device=place)} | {
                     slot: torch.zeros_like(leaf, memory_format=torch.preserve_format)
                     for slot in MOMENTS
                 }

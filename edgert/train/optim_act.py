@@ -150,5 +150,5 @@ def sign_sgd(
     row; all other rows stay as they are. Slots of other workers belong into the same call.
     """
     rows, slots = identifiers.long().unique(return_inverse=True)
-    total = torch.zeros(len(rows), table.shape[1]).index_add_(0, slots, grads)
+    total = torch.zeros(len(rows), table.shape[1], device=table.device).index_add_(0, slots, grads)
     table[rows] = table[rows] * (1 - lr * weight_decay) - lr * total.sign()

@@ -80,6 +80,7 @@ class PuzzleTrain(TrainConfig):
     eval_puzzles: int = 256
 
     CHOICES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **TrainConfig.CHOICES,
         "optimizer": ("adam_atan2", "adamw"),
         "gradient": ("one-step", "segment"),
         "cycle_loss": ("published", "halting"),
@@ -88,7 +89,7 @@ class PuzzleTrain(TrainConfig):
 
 TEXT_ONLY = (
     *("window", "schedule", "tension_beta", "tension_lo", "tension_hi", "muon_momentum"),
-    *("muon_ns_steps", "depth", "settle", "precision", "eval_tokens"),
+    *("muon_ns_steps", "depth", "settle", "eval_tokens"),
 )
 SEGMENTS_ONLY = (
     *("puzzle_emb_lr", "puzzle_emb_weight_decay", "gradient", "lookahead", "halt_above"),

@@ -37,6 +37,7 @@ BYTE_OFFSET = 1  # id 0 ends a document
 BYTE_VOCAB = 256 + BYTE_OFFSET
 WRONG = "the recipe is wrong"
 DO = "see docs/training.md for the keys"
+UNRECORDED = ("device",)  # another one may be chosen to go on with, as another number of threads
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ def completed(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(table: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back: lists, no tuples."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}
+    """What decides something, as JSON gives it back: lists, no tuples."""
+    kept = {k: v for k, v in table.items() if k not in UNRECORDED}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

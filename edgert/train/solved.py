@@ -19,6 +19,7 @@ from torch import Tensor
 
 from edgert.models.trainable import GridModel, SegmentModel
 from edgert.tasks.puzzleset import IGNORED, Batch
+from edgert.train.device import device_of
 from edgert.train.invariance import Sensitivity, constant_answer, sensitivity
 
 ROWS = 256  # puzzles at a time
@@ -94,11 +95,11 @@ def solve(model: GridModel, batch: Batch) -> Solved:
     most = 0
     for start in range(0, len(batch.inputs), ROWS):
         part = slice(start, start + ROWS)
-        inputs, ids = (torch.from_numpy(a[part]) for a in (batch.inputs, batch.identifiers))
-        logits, stopped, taken, most = _answers(model, inputs, ids)
+        grids = _asked(model, batch.inputs[part], batch.identifiers[part])
+        logits, stopped, taken, most = _answers(model, *grids)
         if start == 0:
-            known = logits[:PROBED].float().numpy()
-        full.append(logits.argmax(-1).numpy())
+            known = logits[:PROBED].float().cpu().numpy()
+        full.append(logits.argmax(-1).cpu().numpy())
         early.append(stopped)
         steps.append(taken)
     labels = batch.labels.astype(np.int64)
@@ -108,8 +109,8 @@ def solve(model: GridModel, batch: Batch) -> Solved:
     probe = slice(0, PROBED)
 
     def ask(inputs: NDArray[np.int32], ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        *_, (found, _) = turns(model, torch.from_numpy(inputs), torch.from_numpy(ids))
-        return found.float().numpy()
+        *_, (found, _) = turns(model, *_asked(model, inputs, ids))
+        return found.float().cpu().numpy()
 
     constant = constant_answer(labels, model.config.vocab_size)
     return Solved(
@@ -130,6 +131,14 @@ def solve(model: GridModel, batch: Batch) -> Solved:
             model.config.vocab_size,
         ),
     )
+
+
+def _asked(
+    model: GridModel, inputs: NDArray[np.int32], ids: NDArray[np.int32]
+) -> tuple[Tensor, Tensor]:
+    """Questions and their identifiers, where the model is."""
+    device = device_of(model)
+    return torch.from_numpy(inputs).to(device), torch.from_numpy(ids).to(device)
 
 
 def turns(model: GridModel, inputs: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,15 +162,15 @@ def _answers(model: GridModel, inputs: Tensor, ids: Tensor) -> tuple[Tensor, Ids
     """Logits at full depth [B, S, V], answers at early exit int [B, S], turns taken then [B], and
     turns in all."""
     early = torch.zeros_like(inputs, dtype=torch.int64)
-    active = torch.ones(len(inputs), dtype=torch.bool)
-    steps = torch.zeros(len(inputs), dtype=torch.int64)
+    active = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+    steps = torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device)
     most = 0
     for logits, stops in turns(model, inputs, ids):
         most += 1
         early = torch.where(active[:, None], logits.argmax(-1), early)
         steps += active
         active = active & ~stops
-    return logits, early.numpy(), steps.numpy(), most
+    return logits, early.cpu().numpy(), steps.cpu().numpy(), most
 
 
 def accuracy(answers: NDArray[Any], labels: NDArray[Any]) -> tuple[float, float]:

@@ -46,7 +46,7 @@ class TextObjective:
         c = self.config = recipe.train
         self.iterations = recipe.model.iterations
         self.sampler = sampler
-        self.rows = workers.rows(c.batch_size)
+        self.rows, self.device = workers.rows(c.batch_size), workers.device
         self.loss = workers.wrap(_Loss(model))
         self.depth_rng = np.random.default_rng((c.seed, 1))
 
@@ -56,7 +56,7 @@ class TextObjective:
 
     def loss_of(self, step: int, micro: int) -> Tensor:
         x, y = self.sampler.batch(self.config.batch_size)
-        ids, targets = torch.from_numpy(x[self.rows]), torch.from_numpy(y[self.rows])
+        ids, targets = (torch.from_numpy(a[self.rows]).to(self.device) for a in (x, y))
         loss: Tensor = self.loss(ids, targets, self._depth(), self._settle(step))
         return loss
 

@@ -18,6 +18,8 @@ class TrainConfig:
 
     Defaults are the published ones (ShmidtS/HAGI @ 286a65d, prototype/training). Learning rates per
     step, `ema` per step (0: no average), intervals in steps (0: never).
+
+    device  "auto": CUDA where there is some
     """
 
     steps: int
@@ -41,6 +43,7 @@ class TrainConfig:
     seed: int = 42
     depth: str = "full"
     settle: float = 0.0
+    device: str = "cpu"
     precision: str = "fp32"
     ema: float = 0.0
     ckpt_interval: int = 0
@@ -53,6 +56,7 @@ class TrainConfig:
         "optimizer": ("adamw", "muon"),
         "schedule": ("cosine", "tension"),
         "depth": ("full", "random"),
+        "device": ("auto", "cpu", "cuda"),
         "precision": ("fp32", "bf16"),
     }
 

@@ -1,4 +1,6 @@
-"""One process or several: `torchrun` starts them, torch.distributed (gloo) connects them.
+"""One process or several: `torchrun` starts them, torch.distributed connects them.
+
+CPUs are connected by gloo, GPUs by NCCL.
 
 Every process draws the same batches and takes its own rows of each; gradients are averaged by
 DistributedDataParallel, so weights stay equal without being sent.
@@ -16,13 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from edgert.errors import UsageError
+from edgert.train.device import CPU
 
 
 class Workers:
-    """This process and its fellows. `rank` 0 writes files and speaks."""
+    """This process and its fellows. `rank` 0 writes files and speaks.
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
-        self.rank, self.count = rank, count
+    device  where this process computes
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, device: torch.device = CPU) -> None:
+        self.rank, self.count, self.device = rank, count, device
 
     @property
     def first(self) -> bool:
@@ -55,7 +61,7 @@ class Workers:
         """The mean over the processes of each number."""
         if self.count == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [value / self.count for value in tensor.tolist()]
 
@@ -74,14 +80,17 @@ class Workers:
 
 
 @contextmanager
-def workers() -> Iterator[Workers]:
-    """The processes that torchrun has started, or this one alone."""
+def workers(device: torch.device = CPU) -> Iterator[Workers]:
+    """The processes that torchrun has started, or this one alone. Each has a device of its own."""
+    gpu = device if device.type == "cuda" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or "RANK" not in os.environ:
-        yield Workers()
+        yield Workers(device=device)
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo" if gpu is None else "nccl", device_id=gpu)
     try:
-        yield Workers(dist.get_rank(), dist.get_world_size())
+        yield Workers(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()

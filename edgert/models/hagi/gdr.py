@@ -49,7 +49,8 @@ class GDR(nn.Module):
             b, t = maps[2:]
         if g.geo_interaction:
             squared, turned = square(v.unflatten(-1, (-1, BLADES)))
-            rows = torch.arange(g.vector).view(-1, BLADES)  # the others meet zeros only
+            # The other rows meet zeros only.
+            rows = torch.arange(g.vector, device=x.device).view(-1, BLADES)
             to_s, to_b = self.strengths()
             s = s + to_s * (squared @ self.w_square[rows[:, 0]])
             b = b + to_b * (turned.flatten(-2) @ self.w_turn[rows[:, tuple(PAIRS)].flatten()])

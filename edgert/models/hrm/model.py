@@ -10,6 +10,7 @@ Weights  linear maps are kept [in, out], so that every graph reads one orientati
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,13 @@ class HRM(nn.Module):
         self.puzzle_table = puzzle_table
         if c.puzzle_emb_ndim and puzzle_table is None:
             self.puzzle_table = torch.zeros(c.num_puzzle_identifiers, c.puzzle_emb_ndim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HRM:
+        """What moves the module moves the table, too."""
+        super()._apply(fn, recurse)
+        if self.puzzle_table is not None:
+            self.puzzle_table = fn(self.puzzle_table)
+        return self
 
     def eager(self) -> Step:
         return Step(self.config.num_heads, self.cos, self.sin)

@@ -21,6 +21,9 @@ from edgert.errors import UsageError
 
 BITS = (4, 8)
 BLOCKS = (16, 32, 64, 128, 256)
+COARSE = 128
+"""Inputs that share a scale of 8-bit codes: smaller blocks are slower, and hardly more exact."""
+
 LEVELS = (0, 4)
 METHODS = ("plain", "search", "weighted", "kquant", "hqq", "gptq")
 CALIBRATED = ("weighted", "gptq")
@@ -47,7 +50,8 @@ class Scheme:
     """How weights are stored, and how they are multiplied.
 
     head            bits of the embedding and the head, tied or not
-    block           inputs that share a scale, where their number is divisible by it
+    block           inputs that share a scale, where their number is divisible by it; `COARSE` of
+                    what has 8 bits in a scheme of 4
     symmetric       the zero point is the middle of the codes, and not stored
     accuracy_level  of MatMulNBits: 0 computes in float32, 4 with activations rounded to int8
     method          how codes and scales are found: see methods.py
@@ -90,6 +94,11 @@ class Scheme:
     def top(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
+
+    def at(self, bits: int) -> Scheme:
+        """The scheme for a matrix of so many bits."""
+        coarse = bits == 8 and self.bits != 8
+        return replace(self, bits=bits, block=max(self.block, COARSE) if coarse else self.block)
 
     def block_of(self, inputs: int) -> int:
         """The block for so many inputs: the scheme's, or the largest smaller one that divides
@@ -139,7 +148,7 @@ def packed(codes: Codes, bits: int) -> Codes:
 
 
 SCHEMES = {
-    "int8": Scheme(8, block=32, method="gptq", head=8),
+    "int8": Scheme(8, block=COARSE, method="gptq", head=8),
     "int4": Scheme(4, block=32, method="gptq", head=8, mixed=True),
 }
 """What a precision stands for, unless a recipe says otherwise. Figures: docs/precision.md."""

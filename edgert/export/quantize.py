@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,12 +133,12 @@ class Quantizer:
         if name not in self.made or self.made[name][1].bits != bits:
             if (name, bits) not in self._codes:
                 weight = self._weight(name, transposed)
-                if not self.scheme.block_of(weight.shape[1]):
+                scheme = self.scheme.at(bits)
+                if not scheme.block_of(weight.shape[1]):
                     return None
-                moments, method = self.moments.get(name), self.scheme.method
+                moments, method = self.moments.get(name), scheme.method
                 if method in CALIBRATED and (moments is None or not transposed):
                     method = "search"  # rows that are looked up have no inputs to calibrate by
-                scheme = replace(self.scheme, bits=bits)
                 self._codes[name, bits] = METHODS[method](weight, scheme, moments)
             self.made[name] = transposed, self._codes[name, bits]
         return self.made[name][1]

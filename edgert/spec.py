@@ -230,6 +230,11 @@ class Manifest:
         dtypes = {state.dtype for state in states if state.kind == "append"}
         return "/".join(sorted(SHORT.get(dtype, dtype) for dtype in dtypes))
 
+    def like(self, variant: str) -> list[str]:
+        """The variants that compute with the same numbers: of its precision and state dtypes."""
+        numbers = (self.variants[variant].precision, self.variants[variant].state_dtypes)
+        return [n for n, v in self.variants.items() if (v.precision, v.state_dtypes) == numbers]
+
     def bytes_of(self, variant: str) -> int:
         """Size of the files of a variant's graphs."""
         graphs = self.variants[variant].graphs.values()

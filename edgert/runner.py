@@ -132,9 +132,7 @@ class Runner:
         if self.manifest.solves:
             raise solves_puzzles(str(self.root))
         capacity = bucket(tokens, self.manifest.context)
-        states = States(
-            self.states, self.backend, batch=batch, capacity=capacity, root=self.root
-        )
+        states = States(self.states, self.backend, batch=batch, capacity=capacity, root=self.root)
         return Execution(self, states)
 
     def check_open(self) -> None:

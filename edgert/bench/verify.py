@@ -152,9 +152,9 @@ def margin_of(model: Model) -> float:
 
     Graphs that each lie within some error of the truth may differ by twice as much, and a lead
     counts two logits: four times the largest difference of any variant with the same numbers that
-    the gate let pass; or, as rounding falls one way or the other, twice the largest difference that
-    it saw between two ways of feeding one. A variant that rounds activations lies far from the truth
-    and near itself: there the latter alone counts.
+    the gate let pass. Or, as rounding falls one way or the other, twice the largest difference that
+    it saw between two ways of feeding one. A variant that rounds activations lies far from the
+    truth and near itself: there the latter alone counts.
     """
     alike = model.manifest.like(model.runner.variant_name)
     if "parity.json" not in model.manifest.reports:

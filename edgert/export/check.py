@@ -33,7 +33,7 @@ from edgert.export.check_solving import solving
 from edgert.export.comparison import ROUNDED, TOLERANCE, Check, Checks, Comparison, Verdict
 from edgert.export.kv_int8 import Int8KV
 from edgert.export.quantize import Quantizer, exact_twin
-from edgert.models.program import Program, Reference, Referee
+from edgert.models.program import Program, Referee, Reference
 from edgert.progress import Reporter
 from edgert.runner import Execution, Runner
 

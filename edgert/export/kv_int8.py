@@ -18,6 +18,7 @@ Two rules beyond "the largest magnitude on the text, over 127":
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -62,9 +63,8 @@ class Int8KV:
                 assert value is not None
                 name = endpoints(inputs[str(value.name)])[0].removeprefix("state.")
                 value.type = present.type = ir.TensorType(ir.DataType.INT8)
-                operands[scale] = initializer(
-                    model.graph, f"{name}.scale", lambda name=name: self.scales[name][None, :, None]
-                )
+                make = partial(np.expand_dims, self.scales[name], (0, 2))  # [1, m, 1, d]
+                operands[scale] = initializer(model.graph, f"{name}.scale", make)
             node.resize_inputs(len(operands))
             for i, operand in enumerate(operands):
                 node.replace_input_with(i, operand)
@@ -146,7 +146,8 @@ def _shared(program: Program, found: Mapping[str, Floats]) -> dict[str, Floats]:
     for wire in (wire for graph in program.graphs for wire in graph.inputs.values()):
         names = [end.removeprefix("state.") for end in endpoints(wire)]
         if len(names) > 1 and names[0] in found:
-            wide |= dict.fromkeys(names, np.maximum.reduce([found[name] for name in names]))
+            widest: Floats = np.maximum.reduce([found[name] for name in names])
+            wide |= dict.fromkeys(names, widest)
     return {
         name: (np.where(most > 0, most, 1.0) / HIGH).astype(np.float32)
         for name, most in wide.items()

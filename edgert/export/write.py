@@ -174,7 +174,7 @@ def _write_graphs(
 ) -> dict[str, VariantSpec]:
     """Every graph in every lowering, over one weights file for each precision.
 
-    A graph is traced once; weights of few bits, and keys and values, are the `ort` lowering's alone.
+    A graph is traced once; what is in few bits is the `ort` lowering's alone.
     """
     variants: dict[str, VariantSpec] = {}
     forms = {"": program.graphs}

@@ -93,7 +93,7 @@ def variant_id(manifest: Manifest, name: str) -> str:
     """The identity of one variant, to which sessions bind, as 64 hex digits.
 
     SHA-256 over canonical JSON of the model's identity, precision, lowering, operator sets,
-    each graph's wiring and the hashes of its files, and the states in order.
+    each graph's wiring and the hashes of its files, and the states in order, as it keeps them.
     Raises BadBundle if a file is not listed in `files`.
     """
     variant = manifest.variants[name]
@@ -115,7 +115,7 @@ def variant_id(manifest: Manifest, name: str) -> str:
             },
             "states": [  # a list: their order is part of a session's layout
                 [state, {**asdict(spec), "init": _init(manifest, spec.init)}]
-                for state, spec in manifest.states.items()
+                for state, spec in manifest.states_of(name).items()
             ],
         }
     )

@@ -46,8 +46,9 @@ DOTTED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*")
 HEX = re.compile(r"[0-9a-f]{64}")
 KINDS = ("input", "loop", "state", "value", "signal", "result")
 MAX_ITERATIONS = 1024
+MAX_STATES = 4096
 
-SINCE = {"loop": 2, "halt": 3, "task": 3, "tables": 3}
+SINCE = {"loop": 2, "halt": 3, "task": 3, "tables": 3, "state_dtypes": 4}
 """Keys that the first version of the format did not have, and the one that has them."""
 
 _T = TypeVar("_T")
@@ -346,7 +347,7 @@ class _Reader:
         )
 
     def variant(self, path: str, value: object) -> VariantSpec:
-        got = self.record(path, value, _keys(VariantSpec))
+        got = self.record(path, value, _keys(VariantSpec, self.version))
         return VariantSpec(
             precision=self.match(f"{path}.precision", got["precision"], SLUG, "a precision"),
             lowering=self.choice(f"{path}.lowering", got["lowering"], LOWERINGS),
@@ -359,6 +360,13 @@ class _Reader:
                 least=1,
             ),
             graphs=self.table(f"{path}.graphs", got["graphs"], IDENTIFIER, 3, self.graph, least=1),
+            state_dtypes=self.table(
+                f"{path}.state_dtypes",
+                got.get("state_dtypes", _ABSENT),
+                DOTTED,
+                MAX_STATES,
+                lambda at, dtype: self.choice(at, dtype, DTYPES),
+            ),
             variant_id=self.match(f"{path}.variant_id", got["variant_id"], HEX, "a SHA-256"),
         )
 
@@ -454,7 +462,7 @@ class _Reader:
             program=self.program("program", got["program"]),
             inputs=self.table("inputs", got["inputs"], DOTTED, 64, self.tensor),
             results=self.table("results", got["results"], DOTTED, 64, self.tensor, least=1),
-            states=self.table("states", got["states"], DOTTED, 4096, self.state),
+            states=self.table("states", got["states"], DOTTED, MAX_STATES, self.state),
             variants=self.table("variants", got["variants"], SLUG, 32, self.variant, least=1),
             eos=self.array("eos", got["eos"], 64, token),
             bos=self.optional("bos", got["bos"], token),

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 MAX_REPORT = 1 << 20
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 """Best accuracy first: what `precision=None` prefers on a CPU."""
+KVS = ("fp32", "fp16", "int8")
+"""The same for `kv=None`: how keys and values are kept."""
 
 
 class Model:
@@ -304,6 +306,7 @@ def load(
     device: str = "auto",
     *,
     precision: str | None = None,
+    kv: str | None = None,
     lowering: str | None = None,
     variant: str | None = None,
     threads: int = 0,
@@ -315,6 +318,7 @@ def load(
 
     device     'auto' or 'cpu'
     precision  one that the bundle holds ('fp32'); None takes the best one
+    kv         how keys and values are kept, 'fp32' or 'int8'; None takes the most accurate
     lowering   'ort' or 'portable'; None takes the fastest the device runs
     variant    the name of one that the bundle holds, such as 'fp32-ort-unrolled'
     threads    0: one per physical core (a single one for a model of a few megabytes), or the
@@ -329,7 +333,7 @@ def load(
     one pool for all), MissingDependency.
     """
     bundle = Bundle.open(Path(path), True if verify else "stamp", progress)
-    chosen = choose_variant(bundle.manifest, device, precision, lowering, variant)
+    chosen = choose_variant(bundle.manifest, device, precision, lowering, variant, kv)
     backend = open_backend(device, threads=threads, prepack=prepack)
     tokenizer = tokenizer_beside(bundle)
     try:
@@ -358,6 +362,7 @@ def choose_variant(
     precision: str | None = None,
     lowering: str | None = None,
     variant: str | None = None,
+    kv: str | None = None,
 ) -> str:
     """The best variant for a device that fits what was asked for, or Incompatible saying why.
 
@@ -367,15 +372,23 @@ def choose_variant(
     usable = lowerings(device)
     unrolled = {n for n in manifest.variants if manifest.parts(n) != manifest.program.parts}
     fitting = [
-        (name in unrolled, _rank(v.precision), usable.index(v.lowering), name)
+        (
+            name in unrolled,
+            _rank(PRECISIONS, v.precision),
+            _rank(KVS, manifest.kv_of(name)),
+            usable.index(v.lowering),
+            name,
+        )
         for name, v in manifest.variants.items()
         if v.lowering in usable
         and precision in (None, v.precision)
+        and kv in (None, manifest.kv_of(name))
         and lowering in (None, v.lowering)
         and variant in (None, name)
     ]
     if not fitting:
-        wanted = " ".join(filter(None, (precision, lowering, variant))) or f"for device {device}"
+        told = (precision, kv and f"with {kv} keys and values", lowering, variant)
+        wanted = " ".join(filter(None, told)) or f"for device {device}"
         raise Incompatible(
             f"this bundle has no variant {wanted}",
             do=f"choose from what it has: {', '.join(manifest.variants)}",
@@ -383,9 +396,9 @@ def choose_variant(
     return min(fitting)[-1]
 
 
-def _rank(precision: str) -> int:
-    """Its place in PRECISIONS; one that this version does not know comes last."""
-    return PRECISIONS.index(precision) if precision in PRECISIONS else len(PRECISIONS)
+def _rank(known: Sequence[str], name: str) -> int:
+    """Its place among the known ones; one that this version does not know comes last."""
+    return known.index(name) if name in known else len(known)
 
 
 def _template(path: Path) -> str:

@@ -19,7 +19,7 @@ from edgert.solving import Look, Solving
 from edgert.solvingfile import SavedSolving, read_solving
 from edgert.vault import key_from
 
-OWN_CHOICE = ("precision", "lowering", "variant")
+OWN_CHOICE = ("precision", "kv", "lowering", "variant")
 """Arguments of `load` that the session decides: it belongs to one variant."""
 
 

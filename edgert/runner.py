@@ -71,6 +71,7 @@ class Runner:
         self.root = bundle.root
         self.variant_name = variant
         self.variant = manifest.variants[variant]
+        self.states = manifest.states_of(variant)
         self.backend = backend
         self.parts = {
             part: self.variant.graphs[name]
@@ -80,6 +81,7 @@ class Runner:
         self.loop = manifest.program.loop if "body" in self.parts else None
         self.graphs: dict[str, LoadedGraph] = {}
         backend.expect(len(self.parts), manifest.bytes_of(variant))
+        backend.check_states({state.dtype for state in self.states.values()})
         for part, spec in self.parts.items():
             self.graphs[part] = backend.load(
                 GraphSource(
@@ -130,9 +132,7 @@ class Runner:
         if self.manifest.solves:
             raise solves_puzzles(str(self.root))
         capacity = bucket(tokens, self.manifest.context)
-        states = States(
-            self.manifest.states, self.backend, batch=batch, capacity=capacity, root=self.root
-        )
+        states = States(self.states, self.backend, batch=batch, capacity=capacity, root=self.root)
         return Execution(self, states)
 
     def check_open(self) -> None:

@@ -84,7 +84,7 @@ def check_fits(model: Model, saved: SavedSession, where: str) -> None:
     check_variant(model, saved.bundle, where)
     count, vocab, context = saved.tokens.size, model.manifest.vocab_size, model.manifest.context
     try:
-        rows = rows_in(model.manifest.states, saved.states)
+        rows = rows_in(model.runner.states, saved.states)
     except ValueError as error:
         raise not_of_this_model(str(error), where) from None
     if count > context:

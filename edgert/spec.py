@@ -17,14 +17,17 @@ Endpoints name what a graph is wired to, as `<kind>.<name>`:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest that is read. Each bundle states the oldest that has what it needs: 2 has loops, 3
-has models that refine an answer until they are done with it."""
+has models that refine an answer until they are done with it, 4 has variants that keep states in
+another dtype than the program's."""
 
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+SHORT = {"float32": "fp32", "float16": "fp16"}
+"""What users call a dtype, where that is not its name."""
 StateKind = Literal["append", "carry", "ring", "counter"]
 STATE_KINDS: tuple[StateKind, ...] = ("append", "carry", "ring", "counter")
 Lowering = Literal["ort", "portable", "modern"]
@@ -100,6 +103,8 @@ class GraphSpec:
 class VariantSpec:
     """The same program in one precision and one lowering.
 
+    state_dtypes  of the states that it keeps in another dtype than the program's
+
     Where a program has a loop, a variant with the epilogue alone has all of it unrolled in there.
     """
 
@@ -107,6 +112,7 @@ class VariantSpec:
     lowering: Lowering
     opsets: dict[str, int]
     graphs: dict[str, GraphSpec]
+    state_dtypes: dict[str, str] = field(default_factory=dict)
     variant_id: str = ""
 
 
@@ -211,6 +217,23 @@ class Manifest:
     def solves(self) -> bool:
         """Whether it refines answers to whole inputs, instead of decoding token by token."""
         return self.program.loop is not None and not self.states
+
+    def states_of(self, variant: str) -> dict[str, StateSpec]:
+        """The states as a variant keeps them."""
+        other = self.variants[variant].state_dtypes
+        return {n: replace(s, dtype=other.get(n, s.dtype)) for n, s in self.states.items()}
+
+    def kv_of(self, variant: str) -> str:
+        """How a variant keeps keys and values, and whatever else grows: 'fp32' or 'int8'; more
+        than one with '/' between, '' where nothing grows."""
+        states = self.states_of(variant).values()
+        dtypes = {state.dtype for state in states if state.kind == "append"}
+        return "/".join(sorted(SHORT.get(dtype, dtype) for dtype in dtypes))
+
+    def like(self, variant: str) -> list[str]:
+        """The variants that compute with the same numbers: of its precision and state dtypes."""
+        numbers = (self.variants[variant].precision, self.variants[variant].state_dtypes)
+        return [n for n, v in self.variants.items() if (v.precision, v.state_dtypes) == numbers]
 
     def bytes_of(self, variant: str) -> int:
         """Size of the files of a variant's graphs."""

@@ -23,7 +23,8 @@ class TraceStep:
 
     outputs  the model's results, as they would be if the loop ended here: [rows, ...]
     signals  by which a loop may end: [rows], of a decoder [rows, T]
-    states   what goes round the loop, [rows, ...]; of a decoder also its states, filled to T
+    states   what goes round the loop, [rows, ...]; of a decoder also its states, filled to T, as
+             the variant keeps them
     """
 
     outputs: dict[str, Array]
@@ -75,7 +76,7 @@ def trace_tokens(model: Model, ids: NDArray[np.int64], steps: int | None) -> lis
             name: execution.states.buffers[name].read(
                 tuple(slice(tokens if axis == spec.axis else None) for axis in spec.shape)
             )
-            for name, spec in runner.manifest.states.items()
+            for name, spec in runner.states.items()
             if spec.kind == "append"
         }
         found.append(

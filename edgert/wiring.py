@@ -6,7 +6,9 @@ times) and epilogue; values flow forward within the step, states carry over to t
 
 from __future__ import annotations
 
-from edgert.spec import GraphSpec, LoopSpec, Manifest, VariantSpec, endpoints
+from collections.abc import Mapping
+
+from edgert.spec import GraphSpec, LoopSpec, Manifest, StateSpec, VariantSpec, endpoints
 
 
 def wiring_problems(manifest: Manifest) -> list[str]:
@@ -49,6 +51,9 @@ def _read(graph: GraphSpec | None) -> set[str]:
 
 def _variant_problems(manifest: Manifest, variant_name: str, variant: VariantSpec) -> list[str]:
     path, problems = f"variants.{variant_name}", []
+    states = manifest.states_of(variant_name)
+    for name in variant.state_dtypes:
+        problems += _dtype_problems(f"{path}.state_dtypes.{name}", manifest.states.get(name))
     parts = manifest.parts(variant_name)
     order = {graph: i for i, graph in enumerate(parts.values()) if graph is not None}
     for part, player in parts.items():
@@ -64,7 +69,7 @@ def _variant_problems(manifest: Manifest, variant_name: str, variant: VariantSpe
     consumed: set[str] = set()
     for name, graph in graphs.items():
         at = f"{path}.graphs.{name}"
-        problems += _endpoint_problems(manifest, at, graph, name == body)
+        problems += _endpoint_problems(manifest, states, at, graph, name == body)
         for wire in graph.outputs.values():
             for end in set(endpoints(wire)):
                 producers.setdefault(end, []).append(name)
@@ -106,12 +111,29 @@ def _variant_problems(manifest: Manifest, variant_name: str, variant: VariantSpe
     return problems
 
 
-def _endpoint_problems(manifest: Manifest, path: str, graph: GraphSpec, is_body: bool) -> list[str]:
+def _dtype_problems(at: str, state: StateSpec | None) -> list[str]:
+    """Faults of a state that a variant keeps in another dtype."""
+    if state is None:
+        return [f"{at}: there is no such state"]
+    if state.kind == "counter":
+        return [f"{at}: a counter is int64 in every variant"]
+    if state.init != "zeros":
+        return [f"{at}: its initial value is a file, which has one dtype"]
+    return []
+
+
+def _endpoint_problems(
+    manifest: Manifest,
+    states: Mapping[str, StateSpec],
+    path: str,
+    graph: GraphSpec,
+    is_body: bool,
+) -> list[str]:
     problems = []
     loop = manifest.program.loop
     known = {
         "input": manifest.inputs.keys(),
-        "state": manifest.states.keys(),
+        "state": states.keys(),
         "result": manifest.results.keys(),
         "loop": {"iteration", "steps"},
         "signal": loop.signals.keys() if loop else (),
@@ -123,7 +145,7 @@ def _endpoint_problems(manifest: Manifest, path: str, graph: GraphSpec, is_body:
         for port, wire in ports.items():
             at = f"{path}.{side}.{port}"
             if not isinstance(wire, str):
-                problems += _turns(manifest, at, wire, loop, is_body)
+                problems += _turns(states, at, wire, loop, is_body)
             for end in dict.fromkeys(endpoints(wire)):
                 kind, _, name = end.partition(".")
                 if kind in known and name not in known[kind]:
@@ -136,7 +158,7 @@ def _endpoint_problems(manifest: Manifest, path: str, graph: GraphSpec, is_body:
                 if kind in ("loop", "signal") and not is_body:
                     problems.append(f"{at}: {end} belongs to the body of a loop")
                 if side == "outputs" and kind == "state":
-                    state = manifest.states.get(name)
+                    state = states.get(name)
                     if state is not None and state.kind == "counter":
                         problems.append(f"{at}: {end} is a counter, only the runtime writes it")
                     if written.count(end) > 1:
@@ -145,7 +167,11 @@ def _endpoint_problems(manifest: Manifest, path: str, graph: GraphSpec, is_body:
 
 
 def _turns(
-    manifest: Manifest, at: str, wire: tuple[str, ...], loop: LoopSpec | None, is_body: bool
+    states: Mapping[str, StateSpec],
+    at: str,
+    wire: tuple[str, ...],
+    loop: LoopSpec | None,
+    is_body: bool,
 ) -> list[str]:
     """Faults of a list of endpoints: one state for each iteration, all alike."""
     if loop is None or not is_body:
@@ -155,7 +181,7 @@ def _turns(
         problems.append(f"{at}: {len(wire)} endpoints for {loop.iterations} iterations")
     if not all(end.startswith("state.") for end in wire):
         problems.append(f"{at}: only states differ from one iteration to the next")
-    specs = {manifest.states.get(end.partition(".")[2]) for end in wire}
+    specs = {states.get(end.partition(".")[2]) for end in wire}
     if len(specs - {None}) > 1:
         problems.append(f"{at}: its states are not alike")
     return problems

@@ -86,11 +86,12 @@ def test_inspect_shows_the_program(run, tiny_bundle) -> None:
     assert lines[1:4] == [
         "program   decode",
         "  decode  ids, select, lens, k.0‥1, v.0‥1  →  logits, token, k.0‥1, v.0‥1",
-        "state     4 append slots, 512 B a token and sequence, context 16384 tokens",
+        "state     4 append slots, context 16384 tokens",
     ]
     text = "\n".join(lines[4:])
     for name, variant in manifest.variants.items():
-        assert re.search(rf"variant   {name} +{variant.variant_id[:12]} +[\d.]+ .B  opset \w", text)
+        short, state = variant.variant_id[:12], "state 512 B a token, 524.3 kB at 1,024"
+        assert re.search(rf"variant   {name} +{short} +[\d.]+ .B  {state}  opset \w", text)
     assert "requires  onnxruntime >=1.23" in text
     assert "source    tests/tiny_decoder.py, exporter edgert " in text
     assert "text      tokenizer file, with chat template, end tokens [0]" in text
@@ -103,7 +104,9 @@ def test_inspect_json_is_the_manifest_and_more(run, model_a_bundle) -> None:
     value = json.loads(got.out)
     stored = json.loads((model_a_bundle / "manifest.json").read_text())
     assert {key: value[key] for key in stored} == stored
-    assert value["state_bytes_per_token"] == 5 * 2 * 2 * 8 * 4
+    row = 5 * 2 * 2 * 8 * 4
+    assert value["state_bytes_per_token"] == row
+    assert value["variant_state_bytes_per_token"] == dict.fromkeys(stored["variants"], row)
     assert value["bytes"] == sum(entry["bytes"] for entry in stored["files"].values())
     assert value["parity"]["verdict"] == "pass"
     assert got.err == ""

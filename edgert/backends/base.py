@@ -8,7 +8,7 @@ the buffer an input reads: that is how KV state is updated without a copy.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +93,9 @@ class Backend(ABC):
     def expect(self, graphs: int, nbytes: int) -> None:  # noqa: B027 - most have nothing to do
         """What one model brings: how many graphs, that run one after the other, and the bytes of
         their files."""
+
+    def check_states(self, dtypes: Collection[str]) -> None:  # noqa: B027 - most take all
+        """Raise Incompatible if graphs that keep states in one of these dtypes cannot run here."""
 
     @abstractmethod
     def load(self, source: GraphSource) -> LoadedGraph: ...

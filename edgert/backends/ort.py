@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,9 @@ from edgert.errors import (
 from edgert.machine import instruction_set
 
 MINIMUM = (1, 23)
+INT8_STATES = (1, 27)
+"""The first version whose attention reads keys and values in int8 on a CPU; 1.25 and 1.26 load such
+a graph, and fail in a step."""
 MAX_THREADS = 1024
 _SILENT = 4  # errors reach the user as exceptions, not as the library's log lines
 
@@ -39,8 +42,7 @@ def _onnxruntime() -> Any:
         raise MissingDependency(
             "onnxruntime", "cpu", why="it runs the graphs of a bundle on the CPU"
         ) from error
-    version = re.match(r"(\d+)\.(\d+)", onnxruntime.__version__)
-    if not version or tuple(map(int, version.groups())) < MINIMUM:
+    if _version(onnxruntime) < MINIMUM:
         raise MissingDependency(
             f"onnxruntime {MINIMUM[0]}.{MINIMUM[1]} or newer",
             "cpu",
@@ -48,6 +50,12 @@ def _onnxruntime() -> Any:
         )
     onnxruntime.set_default_logger_severity(_SILENT)
     return onnxruntime
+
+
+def _version(ort: Any) -> tuple[int, ...]:
+    """Its first two numbers; empty where it has none."""
+    found = re.match(r"(\d+)\.(\d+)", ort.__version__)
+    return tuple(map(int, found.groups())) if found else ()
 
 
 SMALL = 8 << 20
@@ -188,6 +196,14 @@ class OrtBackend(Backend):
             self._use(default_threads(nbytes))
         if graphs > 1:
             self._options.add_session_config_entry("session.force_spinning_stop", "1")
+
+    def check_states(self, dtypes: Collection[str]) -> None:
+        if "int8" in dtypes and _version(self._ort) < INT8_STATES:
+            raise Incompatible(
+                f"keys and values in int8 need ONNX Runtime {'.'.join(map(str, INT8_STATES))}, "
+                f"this is {self._ort.__version__}",
+                do="pip install --upgrade onnxruntime, or choose a variant with --kv fp32",
+            )
 
     def load(self, source: GraphSource) -> OrtGraph:
         """Raises BadBundle if ONNX Runtime refuses the graph, Incompatible if a number of threads

@@ -37,6 +37,7 @@ class Placement:
     variant: str | None = None
     threads: int = 0
     prepack: bool = True
+    kv: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def bench(
     reporter, p = reporter or Reporter(), placement
     bundle = Bundle.open(path, "stamp", hashed)
     manifest = bundle.manifest
-    variant = choose_variant(manifest, p.device, p.precision, p.lowering, p.variant)
+    variant = choose_variant(manifest, p.device, p.precision, p.lowering, p.variant, p.kv)
     spec = manifest.tokenizer
     file = bundle.path(spec.file) if spec and spec.file else None
     work = make_work(plan, manifest, load_tokenizer(spec, file) if spec else None)
@@ -115,17 +116,16 @@ def _load(path: Path, variant: str, p: Placement) -> Model:
 
 
 def reference_variant(bundle: Bundle, variant: str, device: str) -> str:
-    """The variant that verifies another: of the same precision, in another lowering where the
+    """The variant that verifies another: with the same numbers, in another lowering where the
     device runs one; else the variant itself, which then only reads in another way."""
-    variants = bundle.manifest.variants
-    timed = variants[variant]
+    manifest = bundle.manifest
+    timed = manifest.variants[variant]
     return next(
         (
             name
-            for name, other in variants.items()
-            if other.precision == timed.precision
-            and other.lowering != timed.lowering
-            and other.lowering in lowerings(device)
+            for name in manifest.like(variant)
+            if manifest.variants[name].lowering != timed.lowering
+            and manifest.variants[name].lowering in lowerings(device)
         ),
         variant,
     )

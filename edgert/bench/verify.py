@@ -151,22 +151,22 @@ def margin_of(model: Model) -> float:
     """The margin for a variant: MARGIN, or more where the bundle's own parity report saw more.
 
     Graphs that each lie within some error of the truth may differ by twice as much, and a lead
-    counts two logits: four times the largest difference of any variant of the same precision that
-    the gate let pass. A variant that rounds activations lies far from the truth and near itself:
-    twice the largest difference that the gate saw between two ways of feeding it.
+    counts two logits: four times the largest difference of any variant with the same numbers that
+    the gate let pass. Or, as rounding falls one way or the other, twice the largest difference that
+    it saw between two ways of feeding one. A variant that rounds activations lies far from the
+    truth and near itself: there the latter alone counts.
     """
-    variants = model.manifest.variants
-    alike = [n for n, v in variants.items() if v.precision == model.runner.variant.precision]
+    alike = model.manifest.like(model.runner.variant_name)
     if "parity.json" not in model.manifest.reports:
         return MARGIN
     try:
         report = json.loads(read_regular(model.bundle.root / "parity.json", _MAX_PARITY_BYTES))
         checks = [check for check in report["checks"] if check["variant"] in alike]
-        seen = [
-            float(check["paths_max_abs"]) * _LOGITS
-            if check.get("activations") == "int8"
-            else float(check["logits_max_abs"]) * _LOGITS * 2
+        seen = [float(check["paths_max_abs"]) * _LOGITS for check in checks]
+        seen += [
+            float(check["logits_max_abs"]) * _LOGITS * 2
             for check in checks
+            if check.get("activations") != "int8"
         ]
     except (EdgertError, ValueError, TypeError, KeyError, RecursionError):
         return MARGIN

@@ -182,6 +182,7 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
 SHARED = {
     "EDGERT_DEVICE": "auto",
     "EDGERT_PRECISION": "the bundle's best",
+    "EDGERT_KV": "the bundle's best",
     "EDGERT_LOWERING": "the device's fastest",
     "EDGERT_THREADS": "0",
     "EDGERT_LOW_MEMORY": "0",

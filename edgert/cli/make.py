@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     help="fp32 (the default), int8, int4; several with commas between.",
 )
 @option(
+    "--kv",
+    metavar="NAMES",
+    help="Keep keys and values in fp32 (the default) or int8; both with a comma between.",
+)
+@option(
     "--lowering", "lowerings", multiple=True, metavar="NAME", help="ort, portable (default: both)."
 )
 @option(

@@ -84,6 +84,7 @@ def bench(bundle: Path, **given: Any) -> None:
         given["variant"],
         given["threads"],
         not given["low_memory"],
+        given["kv"],
     )
     expected = _expected(given["reference"], plan) if given["reference"] else None
     manifest = read_manifest(bundle)

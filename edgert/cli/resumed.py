@@ -45,7 +45,7 @@ def resumed_solving(
 
 def _placed(given: dict[str, Any]) -> dict[str, Any]:
     """The options of `placement` for what goes on: unset ones stay as they were."""
-    same = {name: given[name] for name in ("device", "precision", "lowering", "variant")}
+    same = {name: given[name] for name in ("device", "precision", "kv", "lowering", "variant")}
     threads, prepack = given["threads"] or None, False if given["low_memory"] else None
     return same | {"threads": threads, "prepack": prepack}
 

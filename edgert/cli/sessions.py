@@ -21,7 +21,7 @@ OPTIONAL_BUNDLE = click.argument("bundle", type=FILE, required=False)
 _LOADING: dict[str, Any] = {
     "device": "auto",
     "quiet": True,
-    **dict.fromkeys(("precision", "lowering", "variant", "threads", "low_memory")),
+    **dict.fromkeys(("precision", "kv", "lowering", "variant", "threads", "low_memory")),
 }
 
 

@@ -151,6 +151,7 @@ def load_bundle(bundle: Path, given: dict[str, Any]) -> Model:
             bundle,
             given["device"],
             precision=given["precision"],
+            kv=given["kv"],
             lowering=given["lowering"],
             variant=given["variant"],
             threads=given["threads"],

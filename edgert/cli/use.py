@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from edgert.cli.options import BUNDLE, as_json, common
 from edgert.cli.show import accuracy_lines, hashing, print_json, size
 
 if TYPE_CHECKING:
-    from edgert.spec import Manifest, Wire
+    from edgert.spec import Manifest, StateSpec, Wire
 
 MAX_REPORT_BYTES = 1 << 20
 _MEASURED = ("perplexity", "perplexity_fp32", "ratio", "ratio_error", "kl", "top1")
@@ -32,7 +32,10 @@ def inspect(bundle: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     accuracy = _accuracy(opened.root) if "accuracy.json" in manifest.reports else None
     if as_json:
         value = manifest_to_json(manifest)
-        value["state_bytes_per_token"] = state_bytes_per_token(manifest)
+        value["state_bytes_per_token"] = state_bytes_per_token(manifest.states)
+        value["variant_state_bytes_per_token"] = {
+            name: state_bytes_per_token(manifest.states_of(name)) for name in manifest.variants
+        }
         value["bytes"] = sum(entry.bytes for entry in manifest.files.values())
         print_json(value | {"parity": parity, "accuracy": accuracy})
         return
@@ -57,7 +60,7 @@ def _parity(root: Path) -> dict[str, Any]:
 
 
 def _accuracy(root: Path) -> dict[str, Any]:
-    """What the weight-only variants cost, as the export measured it."""
+    """What variants with something in few bits cost, as the export measured it."""
 
     def known(value: Any) -> bool:
         variants = value["variants"]
@@ -92,12 +95,12 @@ def _report(root: Path, name: str, known: Callable[[Any], bool]) -> dict[str, An
     )
 
 
-def state_bytes_per_token(manifest: Manifest) -> int:
+def state_bytes_per_token(states: Mapping[str, StateSpec]) -> int:
     """Bytes that one more token of one sequence adds to the append states."""
     import numpy as np
 
     total = 0
-    for state in manifest.states.values():
+    for state in states.values():
         if state.kind == "append":
             sizes = [axis for axis in state.shape if isinstance(axis, int)]
             total += int(np.prod(sizes)) * np.dtype(state.dtype).itemsize
@@ -122,7 +125,10 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
         nbytes = sum(manifest.files[f].bytes for f in files | data)
         opsets = ", ".join(f"{domain} {v}" for domain, v in variant.opsets.items())
         short = variant.variant_id[:12]
-        lines.append(f"variant   {name:<{width}}  {short}  {size(nbytes):>8}  opset {opsets}")
+        row = state_bytes_per_token(manifest.states_of(name))
+        state = f"state {size(row)} a token, {size(1024 * row)} at 1,024  " if row else ""
+        about = f"{short}  {size(nbytes):>8}  {state}opset {opsets}"
+        lines.append(f"variant   {name:<{width}}  {about}")
     lines.append("requires  " + ", ".join(f"{k} {v}" for k, v in manifest.requires.items()))
     if not manifest.solves:
         tokenizer = manifest.tokenizer.kind if manifest.tokenizer else "none: token ids only"
@@ -152,11 +158,7 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
 
 def _state(manifest: Manifest) -> str:
     kinds = [state.kind for state in manifest.states.values()]
-    return (
-        f"state     {kinds.count('append')} append slots, "
-        f"{size(state_bytes_per_token(manifest))} a token and sequence, "
-        f"context {manifest.context} tokens"
-    )
+    return f"state     {kinds.count('append')} append slots, context {manifest.context} tokens"
 
 
 def _solving(manifest: Manifest) -> list[str]:

@@ -1,4 +1,4 @@
-"""What few bits cost: a quantized model against the same model in float32, on a text.
+"""What few bits cost, of weights or of keys and values: a model against itself in float32.
 
     kl          the mean divergence of its next-token distribution from float32's, in nats
     top1        share of positions at which both have the same best token
@@ -31,6 +31,7 @@ from edgert.models.importers import Imported
 from edgert.models.program import Program
 from edgert.progress import Reporter
 from edgert.runner import Runner
+from edgert.spec import Manifest
 from edgert.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer
 
 REPORT = "accuracy.json"
@@ -38,8 +39,11 @@ TOKENS, WINDOW = 4096, 512
 CHARACTERS = 200_000
 """Of the text: what is beyond is not read."""
 
-BUDGET = {"int8": 1.005, "int4": 1.03}
+BUDGET = {"fp32": 1.0, "int8": 1.005, "int4": 1.03}
 """Largest perplexity ratio of a precision that is meant to be used."""
+
+KV_BUDGET = {"fp32": 1.0, "int8": 1.005}
+"""How many times that, for how keys and values are kept."""
 
 Ids: TypeAlias = NDArray[np.int64]
 Logits: TypeAlias = NDArray[np.float32]
@@ -150,8 +154,8 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
 def measure(
     bundle: Bundle, program: Program, windows: Sequence[Ids], reporter: Reporter
 ) -> dict[str, Accuracy]:
-    """Every weight-only variant of a bundle, run by the runtime, against eager torch."""
-    names = [n for n, v in bundle.manifest.variants.items() if v.precision in BUDGET]
+    """Every inexact variant of a bundle, run by the runtime, against eager torch in float32."""
+    names = inexact(bundle.manifest)
     backend = open_backend("cpu")
     runners = {name: Runner(bundle, name, backend) for name in names}
     tallies = {name: Tally() for name in names}
@@ -169,6 +173,17 @@ def measure(
     return {name: tally.result() for name, tally in tallies.items()}
 
 
+def inexact(manifest: Manifest) -> list[str]:
+    """The variants that have something in few bits."""
+    return [name for name in manifest.variants if budget(manifest, name) > 1.0]
+
+
+def budget(manifest: Manifest, variant: str) -> float:
+    """The largest perplexity ratio of a variant that is meant to be used; 1 of an exact one."""
+    weights = BUDGET.get(manifest.variants[variant].precision, 1.0)
+    return weights * KV_BUDGET.get(manifest.kv_of(variant), 1.0)
+
+
 def report(
     bundle: Bundle,
     quantizers: Mapping[str, Quantizer],
@@ -180,14 +195,16 @@ def report(
 
     variants = {}
     for name, accuracy in found.items():
-        variant = bundle.manifest.variants[name]
+        variant, most = bundle.manifest.variants[name], budget(bundle.manifest, name)
+        quantizer = quantizers.get(variant.precision)
         variants[name] = {
             "variant_id": variant.variant_id,
-            "scheme": asdict(quantizers[variant.precision].scheme),
-            "mixed": quantizers[variant.precision].mixed,
+            "scheme": quantizer and asdict(quantizer.scheme),
+            "mixed": quantizer and quantizer.mixed,
+            "kv": bundle.manifest.kv_of(name),
             **asdict(accuracy),
-            "budget": BUDGET[variant.precision],
-            "within_budget": accuracy.ratio <= BUDGET[variant.precision],
+            "budget": round(most, 6),
+            "within_budget": accuracy.ratio <= most,
         }
     return {
         "format_version": 1,

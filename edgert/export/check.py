@@ -9,6 +9,11 @@
 Everything is compared with eager torch over whole sequences. States come first and in slot order,
 so that the first difference names the culprit: what a block computes shows in the next block's
 keys before it shows anywhere else.
+
+Where states hold codes, rounding falls one way in the graph and another way in torch now and then,
+however close the numbers are, and everything behind is away by what a code is worth. So torch's
+attention reads the codes that the graph has left. Each of them must be that of a number within the
+tolerance of torch's own, and the logits, which are then of the same codes, within it as ever.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +31,10 @@ from edgert.backends import open_backend
 from edgert.bundle import Bundle
 from edgert.export.check_solving import solving
 from edgert.export.comparison import ROUNDED, TOLERANCE, Check, Checks, Comparison, Verdict
+from edgert.export.kv_int8 import Int8KV
 from edgert.export.quantize import Quantizer
 from edgert.export.twin import in_float32, twin
-from edgert.models.program import Program, Reference
+from edgert.models.program import Program, Referee, Reference
 from edgert.progress import Reporter
 from edgert.runner import Execution, Runner
 
@@ -37,12 +44,18 @@ CHUNKS = (5, 1, 7)  # then the rest
 
 
 class _Gate:
-    """One variant against one reference of B rows and T tokens."""
+    """One variant against eager torch, on B rows of T tokens. `kv` is of one that keeps codes."""
 
-    def __init__(self, runner: Runner, ids: NDArray[np.int64], truth: Reference) -> None:
-        self.runner, self.ids = runner, ids
-        self.states = {name: tensor.numpy() for name, tensor in truth.states.items()}
-        self.logits = truth.logits.numpy()
+    def __init__(
+        self,
+        runner: Runner,
+        ids: NDArray[np.int64],
+        reference: Referee,
+        truth: Reference,
+        kv: Int8KV | None = None,
+    ) -> None:
+        self.runner, self.ids, self.reference, self.kv = runner, ids, reference, kv
+        self.exact = truth
         self.prefill: NDArray[np.float32] | None = None
 
     def checks(self) -> Checks:
@@ -68,11 +81,12 @@ class _Gate:
             io.run()
             logits.append((io.logits[0].copy(), io.token[0].copy()))
             done += part
-        self._compare_states(c, execution, [done])
+        truth = self._truth(execution)
+        self._compare_states(c, truth, execution, [done])
         start = 0
         for step, (rows, tokens) in enumerate(logits):
             at = f"step {step}, position {start}"
-            self._compare_logits(c, rows, tokens, 0, start, at)
+            _compare_logits(c, truth, rows, tokens, 0, start, at)
             start += len(rows)
         whole = np.concatenate([rows for rows, _ in logits])
         if self.prefill is None:
@@ -88,38 +102,56 @@ class _Gate:
         for row, length in enumerate(lengths):
             for _ in execution.row(row).feed(self.ids[row, :length]):
                 pass
+        found = []
         for step in range(steps):
             io = execution.io()
             for row, length in enumerate(lengths):
                 io.ids[row, 0] = self.ids[row, length + step]
             io.select[:] = 0
             io.run()
+            found.append((io.logits.copy(), io.token.copy()))
+        truth = self._truth(execution)
+        for step, (logits, tokens) in enumerate(found):
             for row, length in enumerate(lengths):
                 at = f"step {step}, row {row}, position {length + step}"
-                self._compare_logits(c, io.logits[row], io.token[row], row, length + step, at)
-        self._compare_states(c, execution, [length + steps for length in lengths])
+                _compare_logits(c, truth, logits[row], tokens[row], row, length + step, at)
+        self._compare_states(c, truth, execution, [length + steps for length in lengths])
 
-    def _compare_states(self, c: Comparison, execution: Execution, lengths: list[int]) -> None:
-        for name, want in self.states.items():
-            spec = self.runner.manifest.states[name]
+    def _truth(self, execution: Execution) -> Reference:
+        """What eager torch says; where states hold codes, over those that this execution left."""
+        if self.kv is None:
+            return self.exact
+        states = execution.states
+        codes: Any = {name: states.buffers[name].host for name in self.kv.scales}
+        return self.reference(torch.from_numpy(self.ids[: states.batch]), self.kv.holding(codes))
+
+    def _compare_states(
+        self, c: Comparison, truth: Reference, execution: Execution, lengths: list[int]
+    ) -> None:
+        for name, tensor in truth.states.items():
+            spec, whole = self.runner.states[name], tensor.numpy()
             axis = spec.shape.index(spec.axis or "")
-            got = execution.states.buffers[name].host
             for row, length in enumerate(lengths):
                 rows = (slice(row, row + 1), *[slice(None)] * (axis - 1), slice(length))
-                c.compare("state", name, got[rows], want[rows], f"row {row}, {length} tokens")
+                got: Any = execution.states.buffers[name].host[rows]
+                want = whole[rows]
+                if self.kv is not None and name in self.kv.scales:
+                    got = self.kv.nearest(name, got, want)
+                c.compare("state", name, got, want, f"row {row}, {length} tokens")
 
-    def _compare_logits(
-        self,
-        c: Comparison,
-        got: NDArray[np.float32],
-        tokens: NDArray[np.int64],
-        row: int,
-        start: int,
-        at: str,
-    ) -> None:
-        want = self.logits[row, start : start + len(got)]
-        c.compare("result", "logits", got, want, at)
-        c.best(tokens, want, at)
+
+def _compare_logits(
+    c: Comparison,
+    truth: Reference,
+    got: NDArray[np.float32],
+    tokens: NDArray[np.int64],
+    row: int,
+    start: int,
+    at: str,
+) -> None:
+    want = truth.logits[row, start : start + len(got)].numpy()
+    c.compare("result", "logits", got, want, at)
+    c.best(tokens, want, at)
 
 
 def check_bundle(
@@ -127,12 +159,14 @@ def check_bundle(
     program: Program,
     quantizers: Mapping[str, Quantizer] | None = None,
     reporter: Reporter | None = None,
+    kv: Int8KV | None = None,
 ) -> Verdict:
     """Run every check on every variant of a bundle.
 
     quantizers  by precision, of the variants with weights of few bits: eager torch computes with
                 the values of their codes. A variant that rounds activations is run twice: as a twin
                 that does not, against the tight tolerance, and as it is, against `ROUNDED`.
+    kv          the scales of the variants that keep keys and values in int8
     Raises GateFailed at the first difference beyond the tolerance: the state or result, the
     variant, the check, the step, the index and both values.
     """
@@ -144,14 +178,15 @@ def check_bundle(
     for precision in dict.fromkeys(v.precision for v in variants.values()):
         quantizer = (quantizers or {}).get(precision)
         with quantizer.applied() if quantizer else contextlib.nullcontext():
-            gate, inputs = _decoding(program) if program.reference else solving(program, SEED)
-        for name in [n for n, v in variants.items() if v.precision == precision]:
-            if quantizer and quantizer.scheme.accuracy_level:
-                with twin(bundle, name, in_float32) as exact:
-                    checks += _check(exact, name, gate, TOLERANCE[precision], "float32", reporter)
-                checks += _check(bundle, name, gate, ROUNDED, "int8", reporter)
-            else:
-                checks += _check(bundle, name, gate, TOLERANCE[precision], "float32", reporter)
+            gate, inputs = _decoding(program, kv) if program.reference else solving(program, SEED)
+            for name in [n for n, v in variants.items() if v.precision == precision]:
+                tight = TOLERANCE[precision]
+                if quantizer and quantizer.scheme.accuracy_level:
+                    with twin(bundle, name, in_float32) as exact:
+                        checks += _check(exact, name, gate, tight, "float32", reporter)
+                    checks += _check(bundle, name, gate, ROUNDED, "int8", reporter)
+                else:
+                    checks += _check(bundle, name, gate, tight, "float32", reporter)
     return Verdict(inputs, checks)
 
 
@@ -178,14 +213,20 @@ def _check(
     return done
 
 
-def _decoding(program: Program) -> tuple[Callable[[Runner], Checks], dict[str, int]]:
+def _decoding(
+    program: Program, kv: Int8KV | None
+) -> tuple[Callable[[Runner], Checks], dict[str, int]]:
     """The gate of a decoder: random sequences."""
     tokens = min(TOKENS, program.context)
     drawn = torch.Generator().manual_seed(SEED)
     ids = torch.randint(program.vocab_size, (2, tokens), generator=drawn)
-    assert program.reference is not None
-    truth = program.reference(ids)
-    return (
-        lambda runner: _Gate(runner, ids.numpy(), truth).checks(),
-        {"seed": SEED, "batch": 2, "tokens": tokens},
-    )
+    reference = program.reference
+    assert reference is not None
+    truth = reference(ids)
+
+    def gate(runner: Runner) -> Checks:
+        keeps = runner.manifest.kv_of(runner.variant_name)
+        own = kv if keeps == "int8" else None
+        return _Gate(runner, ids.numpy(), reference, truth, own).checks()
+
+    return gate, {"seed": SEED, "batch": 2, "tokens": tokens}

@@ -99,13 +99,13 @@ def accuracy_of(
     reporter: Reporter,
 ) -> dict[str, Any] | None:
     """The accuracy report of an unpublished bundle, or None where there is nothing to compare."""
-    if not quantizers:
+    bundle = Bundle.open(work, verify=False)
+    if not accuracy.inexact(bundle.manifest):
         return None
     tokenizer = accuracy.tokenizer_of(source)
     if tokenizer is None:
         reporter.line("note", "accuracy not measured: the model has no tokenizer to read a text")
         return None
-    bundle = Bundle.open(work, verify=False)
     sample = accuracy.sample(tokenizer, program.context)
     found = accuracy.measure(bundle, program, sample.windows, reporter)
     report = accuracy.report(bundle, quantizers, found, sample.origin)

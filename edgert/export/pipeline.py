@@ -23,6 +23,7 @@ def export_source(
     out: Path,
     *,
     precision: str | None = None,
+    kv: str | None = None,
     lowerings: tuple[Lowering, ...] = (),
     context: int | None = None,
     tokenizer: Path | None = None,
@@ -54,7 +55,7 @@ def export_source(
             do=f"train it first:  edgert train {source}",
         )
     given = {"precision": precision, "lowerings": lowerings, "name": name, "unrolled": unrolled}
-    given["task"] = task
+    given |= {"kv": kv, "task": task}
     options = replace(recipe.options, **{k: v for k, v in given.items() if v})  # type: ignore[arg-type]
     context, tokenizer = context or recipe.context, tokenizer or recipe.tokenizer
     with reporter.stage("reading", recipe.source.name) as advance:

@@ -162,11 +162,11 @@ def _matmul(
 ) -> ir.Node:
     outputs, inputs = quantized.codes.shape
     operands = [
-        _initializer(graph, f"{name}.codes", quantized.packed),
-        _initializer(graph, f"{name}.scales", lambda: quantized.scales),
+        initializer(graph, f"{name}.codes", quantized.packed),
+        initializer(graph, f"{name}.scales", lambda: quantized.scales),
     ]
     if quantized.zeros is not None:
-        operands.append(_initializer(graph, f"{name}.zeros", quantized.packed_zeros))
+        operands.append(initializer(graph, f"{name}.zeros", quantized.packed_zeros))
     return ir.node(
         "MatMulNBits",
         [node.inputs[0], *operands],
@@ -188,12 +188,12 @@ def _gather(
     rows = len(quantized.codes)
     operands = [
         # Other names than the head's for the same bytes: its shape is another.
-        _initializer(graph, f"{name}.rows", lambda: quantized.packed().reshape(rows, -1)),
+        initializer(graph, f"{name}.rows", lambda: quantized.packed().reshape(rows, -1)),
         node.inputs[1],
-        _initializer(graph, f"{name}.scales", lambda: quantized.scales),
+        initializer(graph, f"{name}.scales", lambda: quantized.scales),
     ]
     if quantized.zeros is not None:
-        operands.append(_initializer(graph, f"{name}.zeros", quantized.packed_zeros))
+        operands.append(initializer(graph, f"{name}.zeros", quantized.packed_zeros))
     return ir.node(
         "GatherBlockQuantized",
         operands,
@@ -208,7 +208,8 @@ def _gather(
     )
 
 
-def _initializer(graph: ir.Graph, name: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
+    """The initializer of this name, which `make` gives its content if it is not there yet."""
     if name not in graph.initializers:
         array = make()
         tensor = ir.Tensor(array, name=name)

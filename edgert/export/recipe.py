@@ -27,7 +27,7 @@ _KEYS = {
         *("package", "install", "path", "context", "tokenizer", "random_seed"),
         *("task", "dataset", "settings"),
     },
-    "export": {"precision", "lowerings", "unrolled", *SCHEMES},
+    "export": {"precision", "kv", "lowerings", "unrolled", *SCHEMES},
 }
 _TYPES: dict[str, type] = {
     "format_version": int,
@@ -154,6 +154,7 @@ def _options(table: dict[str, Any], path: Path) -> ExportOptions:
         section = "[export]"
         return ExportOptions(
             precision=export.get("precision", ExportOptions.precision),
+            kv=export.get("kv", ExportOptions.kv),
             lowerings=tuple(export.get("lowerings", ExportOptions.lowerings)),
             sampling=sampling,
             name=table.get("name"),

@@ -21,6 +21,7 @@ from edgert.export.accuracy import REPORT as ACCURACY
 from edgert.export.check import check_bundle
 from edgert.export.comparison import Verdict
 from edgert.export.few_bits import accuracy_of, quantizers_of
+from edgert.export.kv_int8 import Int8KV, calibrated
 from edgert.export.nbits import SCHEMES, Scheme, scheme_of
 from edgert.export.quantize import Quantizer
 from edgert.export.task import task_of
@@ -36,6 +37,8 @@ from edgert.spec import LOWERINGS, GraphSpec, Lowering, Manifest, TokenizerSpec,
 from edgert.workshop import workshop
 
 PRECISIONS = ("fp32", *SCHEMES)
+KVS = {"fp32": "", "int8": "-kv8"}
+"""How keys and values can be kept, and what the names of variants say of it."""
 DEFAULT_LOWERINGS: tuple[Lowering, ...] = ("ort", "portable")
 
 
@@ -44,12 +47,14 @@ class ExportOptions:
     """What to make of a source. `sampling` are the bundle's defaults, over the source's own.
 
     precision  one, or several with commas between
+    kv         how each of them keeps keys and values, alike
     schemes    by precision, what is to differ from its usual scheme
     unrolled   add variants with a loop unrolled in one graph
     task       what the puzzles of a model that solves are, instead of what its source says
     """
 
     precision: str = "fp32"
+    kv: str = "fp32"
     lowerings: tuple[Lowering, ...] = DEFAULT_LOWERINGS
     sampling: dict[str, Any] | None = None
     name: str | None = None
@@ -59,7 +64,11 @@ class ExportOptions:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(part.strip() for part in self.precision.split(",")))
+        return _parts(self.precision)
+
+    @property
+    def kvs(self) -> tuple[str, ...]:
+        return _parts(self.kv)
 
     @property
     def weight_only(self) -> dict[str, Scheme]:
@@ -72,6 +81,12 @@ class ExportOptions:
                 raise UsageError(
                     f"precision {precision!r:.60} cannot be exported",
                     do=f"choose from: {', '.join(PRECISIONS)}, with commas between",
+                )
+        for kv in self.kvs:
+            if kv not in KVS:
+                raise UsageError(
+                    f"keys and values cannot be kept in {kv!r:.60}",
+                    do=f"choose from: {', '.join(KVS)}, with commas between",
                 )
         for precision, given in self.schemes.items():
             scheme_of(precision, given)
@@ -88,6 +103,11 @@ class ExportOptions:
                 f"{self.name!r} is not a name for a bundle",
                 do="use at most 64 letters, digits, dots, dashes and underscores",
             )
+
+
+def _parts(names: str) -> tuple[str, ...]:
+    """'fp32, int8' -> ('fp32', 'int8'), each once."""
+    return tuple(dict.fromkeys(part.strip() for part in names.split(",")))
 
 
 @dataclass(frozen=True)
@@ -114,11 +134,12 @@ def export_bundle(
     source = replace(source, task=task_of(program, options.task, source.task, reporter))
     lowerings = _feasible(program, options.lowerings, reporter)
     quantizers = quantizers_of(program, source, options.weight_only, lowerings, reporter)
+    kv = calibrated(program, source, lowerings, reporter) if "int8" in options.kvs else None
     with workshop(out) as work:
-        variants = _write_graphs(work, program, options, lowerings, quantizers, reporter)
+        variants = _write_graphs(work, program, options, lowerings, quantizers, kv, reporter)
         manifest = _manifest(work, program, source, options, variants)
         _write_sealed(work, manifest)
-        verdict = check_bundle(work, program, quantizers, reporter)
+        verdict = check_bundle(work, program, quantizers, reporter, kv)
         accuracy = accuracy_of(work, program, source, quantizers, reporter)
         manifest = _add_reports(work, verdict, accuracy)
         publish_directory(work, out)
@@ -148,11 +169,12 @@ def _write_graphs(
     options: ExportOptions,
     lowerings: tuple[Lowering, ...],
     quantizers: Mapping[str, Quantizer],
+    kv: Int8KV | None,
     reporter: Reporter,
 ) -> dict[str, VariantSpec]:
     """Every graph in every lowering, over one weights file for each precision.
 
-    A graph is traced once; weights of few bits are the `ort` lowering's alone.
+    A graph is traced once; what is in few bits is the `ort` lowering's alone.
     """
     variants: dict[str, VariantSpec] = {}
     forms = {"": program.graphs}
@@ -166,39 +188,51 @@ def _write_graphs(
             weights = WeightsFile(folder / "weights.data", dense=precision in quantizers)
             files[precision] = stack.enter_context(weights)
         for lowering in lowerings:
-            wanted = [p for p in files if p not in quantizers or lowering == "ort"]
+            wanted = {
+                precision + KVS[kept]: (precision, kept)
+                for precision in files
+                for kept in options.kvs
+                if lowering == "ort" or (precision not in quantizers and kept == "fp32")
+            }
             for form, graphs in forms.items():
-                specs: dict[str, dict[str, GraphSpec]] = {p: {} for p in wanted}
-                opsets: dict[str, dict[str, int]] = {p: {} for p in wanted}
+                specs: dict[str, dict[str, GraphSpec]] = {name: {} for name in wanted}
+                opsets: dict[str, dict[str, int]] = {name: {} for name in wanted}
                 for graph in graphs if wanted else ():
                     where = f"{graph.name}{form} ({lowering})"
                     with reporter.stage("tracing", where):
                         traced = trace(program, graph, lowering)
                     check_weights(traced, program.weights, where)
-                    for precision in wanted:
+                    for name, (precision, kept) in wanted.items():
                         model = traced.clone()
                         if precision in quantizers:
                             quantizer = quantizers[precision]
-                            with reporter.stage("rounding", f"{where} to {precision}"):
+                            with reporter.stage("rounding", f"{where} to {name}"):
                                 quantizer.rewrite(model)
                             made = quantizer.tensors()
-                            check_weights(model, program.weights, f"{where} {precision}", made)
+                            check_weights(model, program.weights, f"{where} {name}", made)
+                        if kv is not None and kept == "int8":
+                            kv.rewrite(model, graph.inputs)
                         strip(model)
                         weights = files[precision]
                         weights.externalize(model)
-                        file = weights.path.parent / f"{graph.name}-{lowering}{form}.onnx"
+                        stem = f"{graph.name}{KVS[kept]}-{lowering}{form}"
+                        file = weights.path.parent / f"{stem}.onnx"
                         ir.save(model, file)
                         imported = model.opset_imports.items()
-                        opsets[precision] |= {domain or "ai.onnx": v for domain, v in imported}
-                        specs[precision][graph.name] = GraphSpec(
+                        opsets[name] |= {domain or "ai.onnx": v for domain, v in imported}
+                        specs[name][graph.name] = GraphSpec(
                             file.relative_to(work).as_posix(),
                             (weights.path.relative_to(work).as_posix(),),
                             graph.inputs,
                             graph.outputs,
                         )
-                for precision in wanted:
-                    variants[f"{precision}-{lowering}{form}"] = VariantSpec(
-                        precision, lowering, opsets[precision], specs[precision]
+                for name, (precision, kept) in wanted.items():
+                    variants[f"{name}-{lowering}{form}"] = VariantSpec(
+                        precision,
+                        lowering,
+                        opsets[name],
+                        specs[name],
+                        kv.state_dtypes if kv is not None and kept == "int8" else {},
                     )
         sizes = {precision: weights.nbytes for precision, weights in files.items()}
     for precision, nbytes in sizes.items():
@@ -248,15 +282,25 @@ def _manifest(
         sampling=source.sampling | (options.sampling or {}),
         provenance=source.provenance
         | {"exporter": f"edgert {__version__}", "torch": torch.__version__.split("+")[0]},
-        requires={"onnxruntime": ">=1.23"},
-        format_version=_version(program),
+        requires={"onnxruntime": _onnxruntime(options)},
+        format_version=_version(program, variants),
         task=source.task,
         tables=tables,
     )
 
 
-def _version(program: Program) -> int:
-    """The oldest format that has what the program needs."""
+def _onnxruntime(options: ExportOptions) -> str:
+    """The versions that run the variants."""
+    plain, int8 = ">=1.23", ">=1.27"
+    if "int8" not in options.kvs:
+        return plain
+    return int8 if options.kvs == ("int8",) else f"{plain}, {int8} for keys and values in int8"
+
+
+def _version(program: Program, variants: Mapping[str, VariantSpec]) -> int:
+    """The oldest format that has what the program and its variants need."""
+    if any(variant.state_dtypes for variant in variants.values()):
+        return 4
     loop = program.parts.loop
     return 1 if loop is None else 2 if program.states else 3
 

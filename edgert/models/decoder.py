@@ -13,6 +13,7 @@ Weights  linear maps are kept [in, out] and fused (q|k|v, gate|up), so that ever
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,7 @@ def graphs(model: Decoder) -> Program:
         ),
         vocab_size=c.vocab_size,
         context=c.context,
-        reference=lambda ids: references(model, ids, c.num_layers),
+        reference=partial(references, model, c.num_layers),
         parameters=parameters,
         weights=model,
         refusals={"ort": refusal} if refusal else {},

@@ -17,7 +17,7 @@ Shapes  B batch, T tokens of this step, H hidden, n query heads, m KV heads, d h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,10 +113,16 @@ class Step(ABC):
         """Causal attention of KV slot `slot`: [B, T, (n + 2m) d] -> [B, T, n d]."""
 
 
+Cache = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""A slot, keys after rotation and values, both [B, m, T, d] -> what attention reads instead: what a
+state makes of them that cannot hold them exactly."""
+
+
 class Eager(Step):
     """The whole sequence at once from position 0. Keys are kept after rotation, like the state.
 
-    keep  False leaves nothing behind, so that training may forget what it can compute again
+    keep   False leaves nothing behind, so that training may forget what it can compute again
+    cache  None: attention reads keys and values as they are
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class Eager(Step):
         super().__init__(heads)
         self.turns = torch.complex(cos[:tokens], sin[:tokens])  # [T, d/2]
         self.keep = keep
+        self.cache: Cache | None = None
 
     def rotate(self, x: Tensor) -> Tensor:
         """As `rotate` of this module, in one pass: a pair is a complex number. Never traced."""
@@ -136,6 +143,8 @@ class Eager(Step):
         q, k = self.rotate(q), self.rotate(k)
         if self.keep:
             self.k[slot], self.v[slot] = k, v
+        if self.cache is not None:
+            k, v = self.cache(slot, k, v)
         repeat = self.heads.query // self.heads.kv
         out = F.scaled_dot_product_attention(
             q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), is_causal=True

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from edgert.models.layers import Eager, Heads
+from edgert.models.layers import Cache, Eager, Heads
 from edgert.spec import Lowering, ProgramSpec, StateSpec, TensorSpec, Wire
 
 
@@ -29,6 +29,12 @@ class Reference:
 
     states: dict[str, Tensor]  # append states at their full length T, in slot order
     logits: Tensor  # [B, T, V]
+
+
+class Referee(Protocol):
+    """Eager torch over whole sequences ids int64 [B, T]; attention reads what `cache` gives it."""
+
+    def __call__(self, ids: Tensor, cache: Cache | None = None) -> Reference: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Program:
     parameters: int
     weights: nn.Module
     refusals: dict[Lowering, str]  # lowerings this geometry has no kernels for, and why
-    reference: Callable[[Tensor], Reference] | None = None
+    reference: Referee | None = None
     turns: Callable[[Mapping[str, Tensor]], Iterator[Turn]] | None = None
     tables: dict[str, Tensor] = field(default_factory=dict)
     unrolled: TracedGraph | None = None
@@ -79,7 +85,12 @@ def kv_states(slots: int, heads: Heads) -> dict[str, StateSpec]:
         counter="lens",
     )
     lens = StateSpec(kind="counter", dtype="int64", shape=("batch",))
-    return {"lens": lens} | {f"{part}.{slot}": kv for slot in range(slots) for part in ("k", "v")}
+    return {"lens": lens} | {name: kv for slot in range(slots) for name in kv_names(slot)}
+
+
+def kv_names(slot: int) -> tuple[str, str]:
+    """The states that hold the keys and the values of a slot."""
+    return f"k.{slot}", f"v.{slot}"
 
 
 class Scorer(Protocol):
@@ -90,16 +101,15 @@ class Scorer(Protocol):
     def __call__(self, ids: Tensor, step: Eager) -> Tensor: ...
 
 
-def references(model: Scorer, ids: Tensor, slots: int) -> Reference:
-    """Eager torch over whole sequences ids int64 [B, T]."""
+def references(model: Scorer, slots: int, ids: Tensor, cache: Cache | None = None) -> Reference:
+    """What a `Referee` gives."""
     with torch.no_grad():
         step = model.eager(ids.shape[1])
+        step.cache = cache
         logits = model(ids, step)
-    states = {
-        f"{part}.{slot}": kept[slot]
-        for slot in range(slots)
-        for part, kept in (("k", step.k), ("v", step.v))
-    }
+    states: dict[str, Tensor] = {}
+    for slot in range(slots):
+        states |= zip(kv_names(slot), (step.k[slot], step.v[slot]), strict=True)
     return Reference(states, logits)
 
 

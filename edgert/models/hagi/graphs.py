@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -136,7 +137,7 @@ def graphs(model: HAGI) -> Program:
         unrolled=whole if loop else None,
         vocab_size=c.vocab_size,
         context=c.context,
-        reference=lambda ids: references(model, ids, c.slots),
+        reference=partial(references, model, c.slots),
         parameters=parameters,
         weights=folded,
         refusals={"ort": refusal} if refusal else {},

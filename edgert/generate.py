@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from edgert.errors import CapacityExceeded, UsageError
 from edgert.halting import parse_halt
 from edgert.rng import fresh_seed
-from edgert.sampler import Choice, SamplingParams, pick
+from edgert.sampler import OFF, Choice, SamplingParams, pick
+from edgert.speculate import Guesses, Speculation
 from edgert.stops import StopStrings
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Timings:
     """Where the time of one request went. Seconds, from when the first piece was asked for.
 
     `token_s` holds one entry per token after the first, without what the caller does between two
-    pieces, so its percentiles are the inter-token latency.
+    pieces, so its percentiles are the inter-token latency: nearly nothing for a token that was
+    guessed, since the step before it has read it already. `guesses` counts those.
     """
 
     prompt_tokens: int = 0
@@ -60,6 +62,7 @@ class Timings:
     graph_s: float = 0.0  # of all the above, inside graph calls
     sample_s: float = 0.0  # of all the above, choosing tokens from logits
     detokenize_s: float = 0.0  # tokens to text, stop strings included
+    guesses: Guesses = field(default_factory=Guesses)
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -165,13 +168,14 @@ class Stream:
         session.answer(self.params, self.seed, going_on)
         self._draw = params.replace(stream=params.stream ^ session.stream_id)
         context = session.model.manifest.context
+        step = self._step_of(session)
         io: StepIO | None = None
         reason = "length" if len(tokens) >= context else self._interrupted(deadline)
         if reason is None:
             # Growing in mid-answer would cost that token a copy of the state.
             execution.reserve(min(context, len(tokens) + min(params.max_tokens, ANSWER_ROOM)))
-            for step in session.feed_pending(self._halt):
-                io = step
+            for read in session.feed_pending(step):
+                io = read
                 timings.graph_s = (execution.graph_ns - graph_before) / 1e9
                 if reason := self._interrupted(deadline):
                     break
@@ -226,13 +230,21 @@ class Stream:
                     "the session has gone on without this stream, or was closed",
                     do="use one stream of a session at a time",
                 )
-            io = execution.step(token, self._halt)
+            io = step(token)
+
+    def _step_of(self, session: Session) -> Callable[[int], StepIO]:
+        """What makes the results behind the newest token of the answer: the decode step."""
+        execution, halt, width = session.execution, self._halt, self.params.speculate
+        if width == OFF or not session.model.runner.can_speculate(halt):
+            return lambda token: execution.step(token, halt)
+        lookup, record, guesses = session.lookup, session.record, self.timings.guesses
+        return Speculation(execution, session.tokens, lookup, record, width, guesses).step
 
     def _choose(self, io: StepIO, tokens: list[int]) -> Choice:
         """The next token. The graph's own argmax will do, unless its logit is not a number."""
-        logits: NDArray[np.float32] = io.logits[0, -1]
+        logits: NDArray[np.float32] = io.logits[0, io.place]
         if not self.params.needs_logits:
-            token = int(io.token[0, -1])
+            token = int(io.token[0, io.place])
             if 0 <= token < logits.size and math.isfinite(logits[token]):
                 return Choice(token)
         return pick(logits, self._draw, tokens, len(tokens), self.seed)

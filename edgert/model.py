@@ -97,6 +97,8 @@ class Model:
             chosen = chosen.replace(halt=_recommended(self.bundle, parse_halt))
         if chosen.halt is not None:
             self.runner.check_halt(parse_halt(chosen.halt))
+        if isinstance(chosen.speculate, int):
+            self.runner.check_speculation(None if chosen.halt is None else parse_halt(chosen.halt))
         beyond = [t for t in chosen.logit_bias or () if t >= self.manifest.vocab_size]
         if beyond:
             raise UsageError(

@@ -8,7 +8,7 @@ StepIO     the buffers and the binding of one step shape, made once and reused
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ PREFILL_CHUNK = 512
 SCORE_CHUNK = 64
 """Positions scored at once: their logits are the largest tensor there is."""
 
-_KEPT_SHAPES = 4
+_KEPT_SHAPES = 6  # one token, the widths of `speculate`, and one for what a prompt leaves
 
 
 @dataclass
@@ -40,6 +40,7 @@ class StepIO:
     ids int64 [B, T] and select int64 [B, S] (positions within this step) are written before
     `run`; token int64 [B, S] (argmax) and logits float32 [B, S, V] are read after it, as is
     `iterations` int64 [B]: what the loop took (1 where there is none, or one that is unrolled).
+    `place` is the selected position whose results are those of the newest token in the state.
     """
 
     execution: Execution
@@ -49,6 +50,7 @@ class StepIO:
     token: NDArray[np.int64]
     logits: NDArray[np.float32]
     iterations: NDArray[np.int64]
+    place: int = 0
 
     def run(self, halt: Halt | None = None) -> None:
         """Feed `ids` behind what the states hold, and advance the counters.
@@ -121,6 +123,23 @@ class Runner:
                 do="leave --halt out, or use the stepped variant of a looped model",
             )
         halt.check(self.loop.iterations)
+
+    def can_speculate(self, halt: Halt | None = None) -> bool:
+        """Whether a step may read guesses: each token's loop at full depth, and states that go
+        back to where the guesses were right."""
+        full = halt is None or halt.is_full
+        return full and all(spec.keeps_history for spec in self.manifest.states.values())
+
+    def check_speculation(self, halt: Halt | None) -> None:
+        """Raise UsageError if no step may read guesses."""
+        if self.can_speculate(halt):
+            return
+        why = "a loop that ends early takes one token at a time"
+        if self.can_speculate():
+            do = "leave --halt out, or use --speculate off"
+        else:
+            why, do = "a state of this model cannot go back to where they were right", "use off"
+        raise UsageError(f"guesses cannot be checked: {why}", do=do)
 
     def open(self, *, batch: int = 1, tokens: int = 1) -> Execution:
         """Fresh states for `batch` sequences with room for `tokens` each.
@@ -264,6 +283,46 @@ class Execution:
         io.select[0, 0] = 0
         io.run(halt)
         return io
+
+    def verify(self, ids: Sequence[int], place: int = 0) -> StepIO:
+        """A token behind the state of a single row, and guesses at what follows it, in one step.
+
+        ids    the token, then the guesses
+        place  how many of the guesses are known to be right: the state holds as many tokens more
+        The step has results behind every one of them. What the guesses left in states that keep
+        history is behind their counter: `take` reaches it, and anything else overwrites it.
+        """
+        start = int(self.lens[0])
+        self.reserve(start + len(ids))
+        io = self.io(len(ids), len(ids))
+        io.ids[0] = ids
+        io.select[0] = np.arange(len(ids))
+        io.run()
+        self._go_to(io, place, start + place + 1)
+        return io
+
+    def take(self, token: int) -> StepIO | None:
+        """`step` without a step, if the newest one has read this token already, as a guess."""
+        io = self.guessed(token)
+        if io is not None:
+            self._go_to(io, io.place + 1, int(self.lens[0]) + 1)
+        return io
+
+    def guessed(self, token: int) -> StepIO | None:
+        """The newest step, if it was a `verify` whose next guess is this token, else None."""
+        if self._last is None or self._last[0].select.shape[1] == 1:
+            return None
+        io = self.last
+        if io is None or io.place + 1 == io.ids.shape[1] or io.ids[0, io.place + 1] != token:
+            return None
+        end = int(self.lens[0]) - io.place - 1 + io.ids.shape[1]
+        return io if end <= self.states.capacity else None  # its rows may have been trimmed away
+
+    def _go_to(self, io: StepIO, place: int, length: int) -> None:
+        """The state is as it was when it held `length` tokens, and the results are those then."""
+        io.place = place
+        self.lens[0] = length
+        self._last = (io, length)
 
     def feed(self, ids: NDArray[np.int64], *, chunk: int = PREFILL_CHUNK) -> Iterator[StepIO]:
         """Prefill: ids [T] behind the state of a single row, a chunk at a time.

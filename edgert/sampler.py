@@ -17,6 +17,7 @@ import dataclasses
 import math
 import numbers
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,10 @@ from edgert.halting import AUTO, parse_halt
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Ids = npt.NDArray[np.int64]
+
+OFF = "off"
+MOST_GUESSES = 16
+"""What `speculate` may be besides AUTO: none at all, or up to so many in one step."""
 
 NUCLEUS_GUESS = 1024
 """Tokens that top-p looks at before it sorts all: confident models need a few dozen."""
@@ -77,6 +82,9 @@ class SamplingParams:
     halt                when the loop of a looped model ends for each token of the answer: `full`,
                         `fixed:N`, `settle:THRESHOLD[:MIN[:MAX]]`, or `auto`, what the bundle's
                         halting report recommends; None is full
+    speculate           how many tokens to guess from what was said before, and check in one step:
+                        `auto`, as many as have paid; `off`; or a number, wherever there is a guess.
+                        No setting changes what is said, but for rounding
     """
 
     max_tokens: int = 128
@@ -95,6 +103,7 @@ class SamplingParams:
     ignore_eos: bool = False
     deadline_ms: float | None = None
     halt: str | None = None
+    speculate: str | int = AUTO
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -315,6 +324,8 @@ def _checked(name: str, value: Any) -> Any:
         if not isinstance(value, str):
             raise _refused(name, value, "a policy such as 'fixed:2'")
         return value if value == AUTO else str(parse_halt(value))
+    if name == "speculate":
+        return _guesses(value)
     if name == "ignore_eos":
         if not isinstance(value, bool):
             raise _refused(name, value, "true or false")
@@ -338,6 +349,18 @@ def _checked(name: str, value: Any) -> Any:
         if not isinstance(text, str) or not 0 < len(text) <= _MAX_STOP_CHARS:
             raise _refused(name, text, f"texts of 1 to {_MAX_STOP_CHARS} characters")
     return tuple(value)
+
+
+def _guesses(value: Any) -> str | int:
+    """`speculate`: AUTO, OFF, or a number, which may be written in digits."""
+    if isinstance(value, str) and value in (AUTO, OFF):
+        return value
+    number = int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value) else value
+    try:
+        return _integer("speculate", number, 1, MOST_GUESSES)
+    except UsageError:
+        permitted = f"'{AUTO}', '{OFF}', or an integer from 1 to {MOST_GUESSES}"
+        raise _refused("speculate", value, permitted) from None
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

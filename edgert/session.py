@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,11 +15,11 @@ import numpy as np
 
 from edgert.errors import CapacityExceeded, Incompatible, UsageError
 from edgert.generate import Generation, Stream
-from edgert.halting import Halt
 from edgert.runner import Execution, StepIO
 from edgert.sampler import SamplingParams
 from edgert.sessionfile import Request, SavedSession, write_session
 from edgert.snapshot import adopt, check_fits, not_of_this_model, snapshot
+from edgert.speculate import Lookup, Record
 from edgert.vault import key_from
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Session:
         self.stream_id = 0  # mixed into every draw; another one in each fork
         self.owns_model = False  # closing the session closes the model, too
         self.forks = 0  # made of this session: each has a number of its own
+        self.lookup, self.record = Lookup(), Record()  # what speculation guesses by
         self.execution: Execution = model.runner.open(tokens=room)
         self.in_use = threading.Lock()  # held while a stream advances or tokens are appended
         self.turn = 0  # a stream goes on while this stays what it was when the stream began
@@ -166,6 +167,7 @@ class Session:
             self.execution.reset()
         lens[0] = min(int(lens[0]), position)
         del self.tokens[position:]
+        self.lookup.cut(position)
         if self.request is not None:
             inside = position >= self.request.start and position > 0
             self.request = replace(self.request, finish_reason=None) if inside else None
@@ -224,9 +226,11 @@ class Session:
         session = cls(model, room=saved.capacity)
         try:
             adopt(session, saved)
-        except ValueError as error:
+        except BaseException as error:
             session.close()
-            raise not_of_this_model(str(error), where) from error
+            if isinstance(error, ValueError):
+                raise not_of_this_model(str(error), where) from error
+            raise
         return session
 
     def check(self) -> None:
@@ -279,11 +283,11 @@ class Session:
                 do="shorten the prompt, or export the model again with a larger --context",
             )
 
-    def feed_pending(self, halt: Halt | None = None) -> Iterator[StepIO]:
+    def feed_pending(self, step: Callable[[int], StepIO] | None = None) -> Iterator[StepIO]:
         """Feed the tokens that the state does not hold yet, a chunk at a time.
 
-        A single token that an answer goes on from is decoded as that answer's others are, and may
-        `halt` early; a prompt runs through all iterations.
+        A single token that an answer goes on from is decoded as that answer's others are, by
+        `step`; a prompt is prefilled.
         Where it holds them all (a stream was cut off behind its prefill), the results of the
         newest token are still there; after a rewind they are not, and it is fed again.
         """
@@ -294,8 +298,8 @@ class Session:
             return
         lens[0] = start = min(int(lens[0]), len(self.tokens) - 1)
         answered = self.request is not None and start >= self.request.start
-        if halt is not None and answered and start == len(self.tokens) - 1:
-            yield self.execution.step(self.tokens[start], halt)
+        if step is not None and answered and start == len(self.tokens) - 1:
+            yield step(self.tokens[start])
             return
         yield from self.execution.feed(np.asarray(self.tokens[start:], np.int64))
 

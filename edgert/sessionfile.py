@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import BadBundle, BadSession, EdgertError, UsageError
-from edgert.sampler import SamplingParams
+from edgert.halting import AUTO
+from edgert.sampler import MOST_GUESSES, SamplingParams
 from edgert.sessionstore import (
     COMMON,
     MAX_DATA_DEPTH,
@@ -26,6 +27,7 @@ from edgert.sessionstore import (
     Stored,
     bundle_hint,
     count,
+    integers,
     is_object,
     nests,
     or_none,
@@ -34,6 +36,7 @@ from edgert.sessionstore import (
     unsound,
     write_stored,
 )
+from edgert.speculate import WINDOW, Record
 from edgert.tensors import Array, Unsound
 from edgert.vault import Key
 
@@ -41,7 +44,8 @@ MAX_DATA_BYTES = 1 << 20
 MAX_TOKENS = 1 << 24
 _AGAIN = "take an older copy, or start a new session"
 
-_LATER = {"halt"}  # settings that the first version of the format did not have
+_LATER = {"halt": None, "speculate": AUTO}
+"""Settings that the first version of the format did not have, and what they are unless given."""
 
 FINISH_REASONS = ("stop", "length", "deadline", "cancelled")
 
@@ -67,6 +71,9 @@ class SavedSession:
     tokens     int64 [N], by either side
     states     the filled part of every state of one row, by name
     pending    logits float32 [V] and their argmax, where the newest token is in the state already
+    guess      what a step behind the state has read as guesses, where the newest tokens are the
+               first of them: the step is repeated where one goes on
+    record     outcomes of earlier guesses, see `speculate.Record`
     capacity   rows that the append states had room for
     stream     mixed into every draw; another one in each fork. `forks` counts those made
     place      backend, version, machine, threads: where continuing is bitwise
@@ -78,6 +85,8 @@ class SavedSession:
     states: dict[str, Array]
     capacity: int
     pending: tuple[NDArray[np.float32], int] | None = None
+    guess: tuple[int, ...] = ()
+    record: tuple[int, ...] = Record.START
     request: Request | None = None
     stream: int = 0
     forks: int = 0
@@ -165,17 +174,29 @@ def _header(saved: SavedSession) -> dict[str, Any]:
             "finish_reason": request.finish_reason,
         },
         "data": checked_data(saved.data),
-    }
+    } | _speculation(saved)
+
+
+def _speculation(saved: SavedSession) -> dict[str, Any]:
+    """Left out where there is nothing to tell, so that older versions read the file, too."""
+    if not saved.guess and saved.record == Record.START:
+        return {}
+    return {"speculation": {"record": list(saved.record), "guess": list(saved.guess)}}
 
 
 def _params(params: SamplingParams) -> dict[str, Any]:
-    """The settings; those that came later than the format are left out where they are unset, so
-    that older versions read the file, too."""
-    return {k: v for k, v in asdict(params).items() if k not in _LATER or v is not None}
+    """The settings; those that came later than the format are left out where they are what they
+    would be anyway, so that older versions read the file, too."""
+    return {k: v for k, v in asdict(params).items() if k not in _LATER or v != _LATER[k]}
 
 
 def _saved(stored: Stored) -> SavedSession:
-    got = record("session", stored.header, _HEADER)
+    later = _HEADER_LATER.items() if isinstance(stored.header, dict) else ()
+    keys = _HEADER | {key: check for key, check in later if key in stored.header}
+    got = record("session", stored.header, keys)
+    speculation: dict[str, Any] = {}
+    if "speculation" in got:
+        speculation = record("speculation", got["speculation"], _SPECULATION)
     arrays = dict(stored.arrays)
     tokens: Any = arrays.pop("tokens", np.zeros(0))
     if tokens.dtype != np.int64 or tokens.ndim != 1 or tokens.size > MAX_TOKENS:
@@ -194,6 +215,8 @@ def _saved(stored: Stored) -> SavedSession:
         states={name.removeprefix("state."): array for name, array in arrays.items()},
         capacity=got["capacity"],
         pending=None if logits is None else (logits, got["pending"]),
+        guess=tuple(speculation.get("guess", ())),
+        record=tuple(speculation.get("record", Record.START)),
         request=None if got["request"] is None else _request(got["request"], tokens.size),
         stream=got["stream"],
         forks=got["forks"],
@@ -207,7 +230,7 @@ def _saved(stored: Stored) -> SavedSession:
 def _request(value: Any, tokens: int) -> Request:
     got = record("request", value, _REQUEST)
     names = {known.name for known in fields(SamplingParams)}
-    first = names - _LATER
+    first = names - _LATER.keys()
     if not first <= got["params"].keys() <= names or got["params"]["seed"] is None:
         raise Unsound("request.params are not the settings of this version")
     try:
@@ -226,6 +249,11 @@ _HEADER: dict[str, Check] = COMMON | {
     "pending": or_none(count(2**31)),
     "request": or_none(is_object),
     "data": is_object,
+}
+_HEADER_LATER: dict[str, Check] = {"speculation": is_object}
+_SPECULATION: dict[str, Check] = {
+    "record": integers(len(Record.START), len(Record.START), 1 << WINDOW),
+    "guess": integers(0, MOST_GUESSES, 2**31),
 }
 _REQUEST: dict[str, Check] = {
     "params": is_object,

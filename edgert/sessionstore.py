@@ -200,6 +200,14 @@ def count(limit: int) -> Check:
     return lambda value: type(value) is int and 0 <= value < limit
 
 
+def integers(least: int, most: int, limit: int) -> Check:
+    """A list of `least` to `most` integers in [0, limit)."""
+    one = count(limit)
+    return lambda value: (
+        isinstance(value, list) and least <= len(value) <= most and all(map(one, value))
+    )
+
+
 def or_none(check: Check) -> Check:
     return lambda value: value is None or check(value)
 

@@ -14,6 +14,7 @@ from edgert._version import __version__
 from edgert.errors import BadSession, SessionMismatch
 from edgert.sessionfile import SavedSession, checked_data
 from edgert.sessionstore import BundleHint
+from edgert.speculate import Record
 from edgert.state import rows_in
 
 if TYPE_CHECKING:
@@ -27,16 +28,23 @@ def snapshot(session: Session, path: Path | None = None) -> SavedSession:
     Raises UsageError if its data is not JSON.
     """
     model, runner, execution = session.model, session.model.runner, session.execution
-    last = execution.last
+    last, held = execution.last, int(execution.lens[0])
     pending = None
-    if last is not None and int(execution.lens[0]) == len(session.tokens):
-        pending = (last.logits[0, -1].copy(), int(last.token[0, -1]))
+    if last is not None and held == len(session.tokens):
+        pending = (last.logits[0, last.place].copy(), int(last.token[0, last.place]))
+    guess: tuple[int, ...] = ()
+    open_ = execution.guessed(session.tokens[-1]) if held == len(session.tokens) - 1 else None
+    if open_ is not None:  # a step with guesses still to take: it is repeated where one goes on
+        held -= open_.place + 1
+        guess = tuple(open_.ids[0, 1:].tolist())
     return SavedSession(
         bundle=hint(model, path),
         tokens=np.asarray(session.tokens, np.int64),
-        states=execution.states.export(),
+        states=execution.states.export(held),
         capacity=execution.states.capacity,
         pending=pending,
+        guess=guess,
+        record=tuple(session.record.outcomes),
         request=session.request,
         stream=session.stream_id,
         forks=session.forks,
@@ -72,6 +80,10 @@ def adopt(session: Session, saved: SavedSession) -> None:
         raise ValueError(f"it has a capacity of {saved.capacity}")
     execution.restore(saved.states, saved.pending)
     session.tokens = [int(token) for token in saved.tokens]
+    session.record = Record(saved.record)
+    if saved.guess:
+        held = int(execution.lens[0])
+        execution.verify([session.tokens[held], *saved.guess], len(session.tokens) - held - 2)
     session.data = copy.deepcopy(saved.data)
     session.request = saved.request
     session.stream_id, session.forks = saved.stream, saved.forks
@@ -95,9 +107,23 @@ def check_fits(model: Model, saved: SavedSession, where: str) -> None:
         wrong = f"it has token ids outside the vocabulary of {vocab}"
     elif saved.pending is not None and rows != count:
         wrong = "it has results of a token that is not its newest"
+    elif saved.guess and not _is_guessed(model, saved, rows):
+        wrong = f"its {len(saved.guess)} guesses do not belong to its tokens"
     else:
         return
     raise not_of_this_model(wrong, where)
+
+
+def _is_guessed(model: Model, saved: SavedSession, rows: int) -> bool:
+    """Whether a step of the model has read the newest tokens behind so many rows as guesses."""
+    guess, right = saved.guess, saved.tokens[rows + 1 :].tolist()
+    return (
+        bool(right)
+        and list(guess[: len(right)]) == right
+        and max(guess) < model.manifest.vocab_size
+        and rows + 1 + len(guess) <= saved.capacity
+        and model.runner.can_speculate()
+    )
 
 
 def check_variant(model: Model, hint: BundleHint, where: str) -> None:

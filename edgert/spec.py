@@ -76,6 +76,11 @@ class StateSpec:
     counter: str | None = None
     init: str = "zeros"  # or the path of a .npy file in the bundle
 
+    @property
+    def keeps_history(self) -> bool:
+        """Whether an earlier position is still there behind a step."""
+        return self.kind in ("append", "counter")
+
 
 Wire = str | tuple[str, ...]
 """An endpoint; in the body, or one for each iteration: its states differ from one to the next."""

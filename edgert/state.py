@@ -129,10 +129,16 @@ class States:
             for name, spec in self.specs.items()
         }
 
-    def export(self) -> dict[str, NDArray[np.generic]]:
-        """Copies of the filled part of each state, by name: all that resuming needs."""
-        rows = int(next(iter(self.counters.values()))[0])
-        return {name: self.buffers[name].read(at) for name, at in self.filled(rows).items()}
+    def export(self, rows: int | None = None) -> dict[str, NDArray[np.generic]]:
+        """Copies of the filled part of each state, by name: all that resuming needs.
+
+        rows  as they were when they held so many, which only `rewindable` ones can tell
+        """
+        now = int(next(iter(self.counters.values()))[0])
+        rows = now if rows is None else rows
+        assert rows == now or self.rewindable
+        saved = {name: self.buffers[name].read(at) for name, at in self.filled(rows).items()}
+        return saved | {name: np.full(1, rows, np.int64) for name in self.counters}
 
     def restore(self, saved: Mapping[str, NDArray[np.generic]]) -> None:
         """Take over what `export` gave. Raises ValueError, with nothing changed, if it is not for
@@ -157,7 +163,7 @@ class States:
     @property
     def rewindable(self) -> bool:
         """Whether an earlier position is still there: not in states that a step replaces."""
-        return all(spec.kind in ("append", "counter") for spec in self.specs.values())
+        return all(spec.keeps_history for spec in self.specs.values())
 
     def close(self) -> None:
         """Let go of the memory, which lives on while a binding that is running needs it."""

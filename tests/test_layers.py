@@ -37,14 +37,14 @@ RUN_ZONE = (
     Line("edgert"),
     Line(
         "api bench doctor evaluate halting_report halting_text halting_puzzles halting_data "
-        "halting_picture speculate mailbox recipebook",
+        "halting_picture mailbox recipebook",
         together=True,
     ),
     Line("conversation resuming"),
     Line("model session generate snapshot solving puzzles pausing tracing", together=True),
     Line("sessionfile solvingfile"),
     Line("sessionstore"),
-    Line("runner looping slots", together=True),
+    Line("runner looping slots speculate", together=True),
     Line("state"),
     Line("tokenizer chat sampler stops backends vault tasks programs exits"),
     Line("bundle manifest wiring cache onnxfile files tensors workshop", together=True),

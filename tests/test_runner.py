@@ -80,7 +80,7 @@ def test_a_step_shape_is_bound_once():
         execution.io(tokens)
     assert execution.io() is first
     second = execution.io(2)
-    for tokens in (5, 6, 7, 8):
+    for tokens in range(5, 11):
         execution.io(tokens)
     assert execution.io(2) is not second
 

@@ -27,6 +27,7 @@ def card(result: Mapping[str, Any]) -> str:
         _row("first token", r["ttft_ms"]) + f"     {speed(r['prefill']['avg_ts'])} tok/s prefill",
         _row("between tokens", r["itl_ms"]) + f"     {speed(r['avg_ts'])} tok/s decode",
         *_iterations(r),
+        *_guesses(r),
         _line("where it goes", _where(r["where_ms"])),
         _line("start", _start(r["cold_start_ms"])),
         _line("memory", _memory(r["memory"])),
@@ -87,6 +88,16 @@ def _iterations(r: Mapping[str, Any]) -> list[str]:
     policy = r["sampling"].get("halt") or "full"
     text = f"{steps['avg']:.2f} of {r['iterations']} a token (p95 {steps['p95']:.0f}) · {policy}"
     return [_line("iterations", text)]
+
+
+def _guesses(r: Mapping[str, Any]) -> list[str]:
+    """How many tokens were guessed, where speculation was on."""
+    found = r.get("guesses")
+    if found is None:
+        return []
+    text = f"{100 * found['share']:.0f} % of the tokens"
+    text += f" · {found['accepted']:.0f} of {found['checked']:.0f} were right"
+    return [_line("guessed", f"{text} · {r['sampling']['speculate']}")]
 
 
 def _where(where: Mapping[str, float]) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgert.bench.plan import Work
 from edgert.errors import EdgertError
 from edgert.model import Model
+from edgert.speculate import Guesses
 
 PARTS = ("tokenize", "graph", "sample", "detokenize")
 
@@ -24,6 +25,7 @@ class Request:
 
     begun        `time.perf_counter_ns` at its start
     iterations   that the loop took for each token after the first
+    guesses      tokens that were guessed: checked, and found right
     prefill_ns   from the first piece asked for until the prompt was in the state
     parts        tokenize (the prompt handed over: text to ids, and their check), graph (inside
                  graph calls), sample (logits to tokens), detokenize (tokens to text)
@@ -37,6 +39,7 @@ class Request:
     prefill_ns: int
     parts: dict[str, int]
     state_bytes: int
+    guesses: Guesses = field(default_factory=Guesses)
 
     @property
     def wall_ns(self) -> int:
@@ -91,6 +94,7 @@ def request(model: Model, work: Work) -> Request:
             prefill_ns=round(timings.prefill_s * 1e9),
             parts=parts,
             state_bytes=session.execution.states.nbytes,
+            guesses=timings.guesses,
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgert import rng
 from edgert.errors import CapacityExceeded, UsageError
-from edgert.sampler import SamplingParams
+from edgert.sampler import OFF, SamplingParams
 from edgert.spec import Manifest
 from edgert.tokenizer import Tokenizer
 
@@ -41,6 +41,7 @@ class Plan:
     repeats: int = 5
     warmup: int = 1
     halt: str | None = None  # when a loop ends for a token of the answer
+    speculate: str | int = OFF  # so that runs compare, and a step is a step
 
     def __post_init__(self) -> None:
         for name, low in (("n_prompt", 1), ("n_gen", 1), ("repeats", 1), ("n_depth", 0)):
@@ -49,6 +50,7 @@ class Plan:
                 raise UsageError(f"{name} = {value} is not possible", do=f"use {low} or more")
         if self.warmup < 0:
             raise UsageError(f"warmup = {self.warmup} is not possible", do="use 0 or more")
+        SamplingParams(speculate=self.speculate)  # refuses what it cannot be
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,11 @@ class Work:
     @property
     def params(self) -> SamplingParams:
         return SamplingParams(
-            max_tokens=self.plan.n_gen, temperature=0.0, ignore_eos=True, halt=self.plan.halt
+            max_tokens=self.plan.n_gen,
+            temperature=0.0,
+            ignore_eos=True,
+            halt=self.plan.halt,
+            speculate=self.plan.speculate,
         )
 
     @property

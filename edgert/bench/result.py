@@ -18,12 +18,13 @@ import numpy as np
 from edgert._version import __version__
 from edgert.bench import facts, power
 from edgert.bench.measure import PARTS, Request
-from edgert.bench.plan import Work
+from edgert.bench.plan import Plan, Work
 from edgert.bench.statistics import rates, summary
 from edgert.bench.verify import Verified
 from edgert.errors import BadFile, EdgertError, NewerFormat
 from edgert.files import read_at_most
 from edgert.model import Model
+from edgert.sampler import OFF
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
@@ -73,7 +74,7 @@ def declared(model: Model, work: Work, *, device: str, prepack: bool) -> Result:
         "n_depth": plan.n_depth,
         "repeats": plan.repeats,
         "warmup": plan.warmup,
-        "sampling": {"temperature": 0.0, "ignore_eos": True, "halt": work.params.halt},
+        "sampling": _sampling(plan),
         "prompt_source": work.source,
         "prompt_sha256": work.sha256,
         "cache_state": "warm" if plan.warmup else "model loaded, nothing warmed up",
@@ -82,6 +83,12 @@ def declared(model: Model, work: Work, *, device: str, prepack: bool) -> Result:
         "clocks": facts.clocks(),
         "temp_c": facts.temperatures(),
     }
+
+
+def _sampling(plan: Plan) -> dict[str, Any]:
+    """Without speculation it is what earlier versions wrote, so that their runs compare."""
+    chosen = {"temperature": 0.0, "ignore_eos": True, "halt": plan.halt}
+    return chosen if plan.speculate == OFF else chosen | {"speculate": plan.speculate}
 
 
 def measured(
@@ -115,6 +122,7 @@ def measured(
         "state_bytes": state,
         "steps_taken": summary(steps) if iterations > 1 else None,
         "halt_rate": float(np.mean(np.less(steps, iterations))) if iterations > 1 else None,
+        "guesses": _guesses(timed) if plan.speculate != OFF else None,
         "output_sha256": verified.sha256,
         "verified": True,
         "reference": {
@@ -123,6 +131,17 @@ def measured(
             "unclear": verified.unclear,
             "margin": verified.margin,
         },
+    }
+
+
+def _guesses(timed: Sequence[Request]) -> dict[str, float]:
+    """Mean counts of a request, and the share of its tokens that were guessed."""
+    checked = sum(one.guesses.checked for one in timed) / len(timed)
+    accepted = sum(one.guesses.accepted for one in timed) / len(timed)
+    return {
+        "checked": checked,
+        "accepted": accepted,
+        "share": accepted / len(timed[0].tokens),
     }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgert.cli.options import F, as_json, common, halt, option, placement
+from edgert.cli.options import F, as_json, common, halt, option, placement, speculate
 from edgert.cli.show import LABEL, TerminalReporter, hashing, progress_bar
 from edgert.progress import Advance
 
@@ -51,6 +51,7 @@ def count(*names: str, least: int, default: int, help: str) -> Callable[[F], F]:
     help="Write a page with plots; it opens without a network.",
 )
 @halt
+@speculate("off")
 @placement
 @as_json
 @common
@@ -76,6 +77,7 @@ def bench(bundle: Path, **given: Any) -> None:
         repeats=given["repeats"],
         warmup=given["warmup"],
         halt=given["halt"],
+        speculate=given["speculate"] or "off",
     )
     chosen = Placement(
         given["device"],

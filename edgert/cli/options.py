@@ -95,6 +95,17 @@ halt = option(
     "`edgert halt` recommends (default: full).",
 )
 
+
+def speculate(default: str) -> Callable[[F], F]:
+    return option(
+        "--speculate",
+        metavar="auto|off|N",
+        default=None,
+        help="Tokens guessed from what was said before and checked in one step: as many as pay, "
+        f"none, or N (default: {default}).",
+    )
+
+
 sampling = stacked(
     option("-n", "--max-tokens", type=int, metavar="N", help="Longest answer (default: 128)."),
     option(
@@ -122,10 +133,11 @@ sampling = stacked(
     option("--ignore-eos", is_flag=True, default=None, help="Go on behind the end token."),
     option("--deadline-ms", type=float, metavar="MS", help="Stop after so much time."),
     halt,
+    speculate("auto"),
 )
 SAMPLING = (
     *("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
-    *("logprobs", "seed", "ignore_eos", "deadline_ms", "halt"),
+    *("logprobs", "seed", "ignore_eos", "deadline_ms", "halt", "speculate"),
 )
 
 

@@ -223,6 +223,8 @@ def closing_line(
         parts.append(f"first after {t.first_token_s * 1e3:.0f} ms")
     if t.token_s:
         parts.append(f"then {t.decode_tokens_per_s:.1f} tok/s")
+    if t.guesses.accepted:
+        parts.append(f"{100 * t.guesses.accepted / len(stream.tokens):.0f} % guessed")
     parts.append(finish)
     if not stream.params.greedy:
         parts.append(f"seed {stream.seed}")
@@ -253,6 +255,7 @@ def _run_json(
         "ttft_ms": t.first_token_s * 1e3,
         "decode_tokens_per_s": t.decode_tokens_per_s,
         "graph_ms": t.graph_s * 1e3,
+        "guesses": {"checked": t.guesses.checked, "accepted": t.guesses.accepted},
         "saved": None if saved is None else str(saved[0]),
         "session_bytes": None if saved is None else saved[1],
         "notes": list(session.notes),

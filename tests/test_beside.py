@@ -1,4 +1,4 @@
-"""A call beside another: begun at once, its result or its error handed over once it is asked for."""
+"""A call beside another: begun at once, its result or error handed over once it is asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def test_it_runs_beside_and_hands_over_what_it_made() -> None:
     beside = Beside(lambda: (asked.wait(10), threading.current_thread()))
     asked.set()  # reached only if the call runs elsewhere
     was_set, thread = beside.result()
-    assert was_set and thread is not threading.current_thread()
+    assert was_set
+    assert thread is not threading.current_thread()
     assert beside.result() == (was_set, thread)
 
 

@@ -1,4 +1,4 @@
-"""Which linear maps keep 8 bits: how much rounding one costs, foreseen; and as few as hold a budget."""
+"""Which linear maps keep 8 bits: what rounding one costs, foreseen; as few as hold a budget."""
 
 from __future__ import annotations
 
@@ -64,14 +64,15 @@ def test_harm_is_the_divergence_that_rounding_one_map_brings(model) -> None:
             pairs = zip(truth, windows, strict=True)
             measured[name] = np.mean([divergence(want, run(ids)) for want, ids in pairs])
     ratios = [foreseen[name] / measured[name] for name in maps]
-    assert 0.5 < min(ratios) and max(ratios) < 2
+    assert min(ratios) > 0.5
+    assert max(ratios) < 2
     orders = (np.argsort([kind[name] for name in maps]) for kind in (foreseen, measured))
     ranks = [np.argsort(order) for order in orders]
     assert np.corrcoef(*ranks)[0, 1] > 0.7
 
 
 def test_as_few_maps_as_hold_the_budget(model) -> None:
-    """Half of what rounding all costs is allowed: some keep 8 bits, and not one of them less does."""
+    """Half of what rounding all costs is allowed: some keep 8 bits, and one less does not do."""
     windows, run = said(model, 24), runner(model)
     narrow = widen(Quantizer(model, COARSE), run, windows, budget=100.0)["ratio"]
     assert narrow > 1.005
@@ -79,7 +80,8 @@ def test_as_few_maps_as_hold_the_budget(model) -> None:
     quantizer = Quantizer(model, COARSE)
     found = widen(quantizer, run, windows, budget=1 + (goal - 1) / MARGIN)
     assert found["narrow_ratio"] == narrow
-    assert found["ratio"] <= goal and found["maps"] == 8
+    assert found["ratio"] <= goal
+    assert found["maps"] == 8
     names = found["names"]
     assert 0 < len(names) < 8
     assert {n for n, (_, q) in quantizer.made.items() if q.bits == 8} == set(names)
@@ -102,5 +104,6 @@ def test_none_where_none_is_needed_and_all_where_all_are(model) -> None:
 
 
 def test_int4_is_mixed_unless_a_recipe_says_otherwise() -> None:
-    assert scheme_of("int4").mixed and not scheme_of("int8").mixed
+    assert scheme_of("int4").mixed
+    assert not scheme_of("int8").mixed
     assert not scheme_of("int4", {"mixed": False}).mixed

@@ -112,8 +112,8 @@ class VariantSpec:
     lowering: Lowering
     opsets: dict[str, int]
     graphs: dict[str, GraphSpec]
-    state_dtypes: dict[str, str] = field(default_factory=dict)
     variant_id: str = ""
+    state_dtypes: dict[str, str] = field(default_factory=dict)
 
 
 Fill = Literal["copy", "none"]

@@ -360,6 +360,7 @@ class _Reader:
                 least=1,
             ),
             graphs=self.table(f"{path}.graphs", got["graphs"], IDENTIFIER, 3, self.graph, least=1),
+            variant_id=self.match(f"{path}.variant_id", got["variant_id"], HEX, "a SHA-256"),
             state_dtypes=self.table(
                 f"{path}.state_dtypes",
                 got.get("state_dtypes", _ABSENT),
@@ -367,7 +368,6 @@ class _Reader:
                 MAX_STATES,
                 lambda at, dtype: self.choice(at, dtype, DTYPES),
             ),
-            variant_id=self.match(f"{path}.variant_id", got["variant_id"], HEX, "a SHA-256"),
         )
 
     def program(self, path: str, value: object) -> ProgramSpec:

@@ -113,9 +113,13 @@ class Model:
             )
         return chosen
 
-    def session(self) -> Session:
-        """A new, empty sequence. Raises UsageError if the model is closed, OutOfMemory."""
-        return Session(self)
+    def session(self, *, room: int = 1) -> Session:
+        """A new, empty sequence, with room for so many tokens from the beginning: where more come,
+        its state is copied into a larger one.
+
+        Raises UsageError if the model is closed, CapacityExceeded beyond its context, OutOfMemory.
+        """
+        return Session(self, room=room)
 
     def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, **options: Any

@@ -576,7 +576,14 @@ def test_doctor_json_is_one_object(run):
     assert value["can_run"] is True
     assert {"name", "finding", "status", "do"} == set(value["rows"][0])
     assert value["settings"]["device"] == {"value": "auto", "from": "default"}
-    assert list(value["settings"]) == ["device", "precision", "lowering", "threads", "low_memory"]
+    assert list(value["settings"]) == [
+        "device",
+        "precision",
+        "kv",
+        "lowering",
+        "threads",
+        "low_memory",
+    ]
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)], ids=["text", "json"])

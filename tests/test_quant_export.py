@@ -288,12 +288,12 @@ def test_wrong_packing_fails_the_gate(how, tmp_path, monkeypatch, traced_once) -
 
 
 def test_codes_that_are_not_the_models_never_reach_the_gate(tmp_path, monkeypatch) -> None:
-    real = quantize._initializer
+    real = quantize.initializer
 
     def foreign(graph, name, make):
         return real(graph, name, lambda: make() ^ 1 if name.endswith("codes") else make())
 
-    monkeypatch.setattr(quantize, "_initializer", foreign)
+    monkeypatch.setattr(quantize, "initializer", foreign)
     monkeypatch.setattr(write, "check_bundle", lambda *given: pytest.fail("it came so far"))
     source = imported(decoder(hidden_size=256, head_size=16, intermediate_size=512))
     options = ExportOptions(precision="int8", lowerings=("ort",))

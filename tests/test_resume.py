@@ -306,10 +306,10 @@ def test_a_number_of_threads_that_is_none_is_not_taken(tmp_path, threads):
     assert goes_on(tmp_path / "s", threads=1) == want
 
 
-@pytest.mark.parametrize("name", ["precision", "lowering"])
+@pytest.mark.parametrize("name", ["precision", "kv", "lowering"])
 def test_the_variant_cannot_be_chosen(tmp_path, name):
     saved_with(tiny_bundle(tmp_path), tmp_path / "s")
-    value = {"precision": "fp32", "lowering": "ort"}[name]
+    value = {"precision": "fp32", "kv": "fp32", "lowering": "ort"}[name]
     with pytest.raises(UsageError, match=f"{name} cannot be chosen: .* belongs to fp32-ort"):
         edgert.resume(tmp_path / "s", **{name: value})
 

@@ -232,7 +232,7 @@ def _write_graphs(
                         lowering,
                         opsets[name],
                         specs[name],
-                        kv.state_dtypes if kv is not None and kept == "int8" else {},
+                        state_dtypes=kv.state_dtypes if kv is not None and kept == "int8" else {},
                     )
         sizes = {precision: weights.nbytes for precision, weights in files.items()}
     for precision, nbytes in sizes.items():

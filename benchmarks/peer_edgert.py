@@ -22,7 +22,9 @@ def request(model: Model, ids: list[int], tokens: int) -> dict[str, Any]:
 
     The clock is the caller's: a step is the time between two pieces, detokenizing included.
     """
-    params = SamplingParams(temperature=0.0, max_tokens=tokens + 1, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=tokens + 1, ignore_eos=True, speculate="off"
+    )
     with model.session() as session:
         stream = session.stream(ids, params)
         last = time.perf_counter()

@@ -9,12 +9,12 @@ Lookup       an index of a sequence's short n-grams
 Record       how often guesses came true; with the cost of a guess it says how many to check
 Speculation  the step of a decode loop that speculates
 
-A step that checks k guesses takes as long as 1 + COST * k plain ones (on an x86-64 CPU; products
-over few rows wait for memory in fp32, and compute where weights are unpacked), so a guess must come
-true the more often the fewer bits the weights have. What comes true is noted at every match,
-checked or not, for each length of match apart, so text that does not repeat itself costs a look
-into the index; a new session trusts long matches (3/4) more than short ones (1/4), as was measured
-on edits and open questions: see docs/speculation.md.
+A step that checks k guesses takes as long as 1 + COST * k plain ones, as measured on an x86-64 CPU
+(in fp32 products over few rows wait for memory, with few bits they unpack and compute): so a guess
+must come true the more often, the fewer bits the weights have. What comes true is noted at every
+match, checked or not, so that text which does not repeat itself costs no more than a look into the
+index; a new session begins as if guesses behind 2 tokens had come true one time in four, and behind
+more one time in two, which lost next to nothing on open questions: see docs/speculation.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LENGTHS = (4, 3, 2)
 WIDTHS = (1, 2, 4, 8)
 """Guesses in one step, where `Record` decides: few, since every one has buffers of its own."""
 
-COST = {"fp32": 0.07, "int8": 0.17, "int4": 0.24}
+COST = {"fp32": 0.08, "int8": 0.17, "int4": 0.24}
 """Time of one more guess in a step, in plain steps, by the precision of the weights."""
 
 _UNKNOWN_COST = 0.25

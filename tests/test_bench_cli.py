@@ -134,6 +134,29 @@ def test_a_bundle_without_a_tokenizer_is_measured_with_ids(run, model_a_bundle):
     assert found["cold_start_ms"]["total"] > 0
 
 
+def test_speculation_is_off_unless_asked_for(run, tiny_bundle, tmp_path):
+    """Then it is declared, on the card as well, and not set beside a bench without it."""
+    files = {}
+    for how in ("off", "auto", "4"):
+        options = [] if how == "off" else ["--speculate", how]
+        command = ("bench", tiny_bundle, "-p", "40", "-n", "40", "-r", "1", "--no-cold-start")
+        result = run(*command, *options, "--json")
+        assert result.code == 0, result.err
+        found = json.loads(result.out)
+        files[how] = tmp_path / f"{how}.json"
+        files[how].write_text(result.out)
+        if how == "off":
+            assert found["guesses"] is None
+            assert "speculate" not in found["sampling"]
+        else:
+            assert found["sampling"]["speculate"] == (4 if how == "4" else "auto")
+            assert 0 < found["guesses"]["accepted"] == 40 * found["guesses"]["share"]
+    assert "% of the tokens · " in run(*command, *options).out
+    assert run("compare", files["off"], files["auto"]).code == 4
+    assert run("compare", files["auto"], files["auto"]).code == 0
+    assert run("bench", tiny_bundle, "--speculate", "17").code == 2
+
+
 def test_low_memory_is_declared(run, tiny_bundle):
     result = run("bench", tiny_bundle, *SHORT, "--no-cold-start", "--low-memory")
     assert "1 thread, low memory · warm" in result.out

@@ -29,9 +29,28 @@ def test_the_answer_is_on_stdout_and_the_rest_on_stderr(run, tiny_bundle, answer
     speed, placement = got.err.splitlines()
     number = r"[\d.]+"
     assert re.fullmatch(
-        rf"── 24 tokens · first after {number} ms · then {number} tok/s · length", speed
+        rf"── 24 tokens · first after {number} ms · then {number} tok/s( · \d+ % guessed)? · length",
+        speed,
     )
     assert re.fullmatch(rf"── fp32-ort · onnxruntime {number} · CPU.*", placement)
+
+
+def test_what_was_guessed_is_said_where_there_was_any(run, tiny_bundle) -> None:
+    """In the closing line, and counted in the object; --speculate off says the same text."""
+    command = ("run", tiny_bundle, "-p", "the star the star the", "-n", "64")
+    on, off = (run(*command, "--json", "--speculate", how) for how in ("8", "off"))
+    assert on.code == off.code == 0
+    guessed, plain = json.loads(on.out), json.loads(off.out)
+    assert guessed["tokens"] == plain["tokens"]
+    assert plain["guesses"] == {"checked": 0, "accepted": 0}
+    counts = guessed["guesses"]
+    assert 0 < counts["accepted"] <= counts["checked"]
+    share = f"{100 * counts['accepted'] / 64:.0f} % guessed"
+    assert f"tok/s · {share} · length" in run(*command, "--speculate", "8").err
+    assert "guessed" not in run(*command, "--speculate", "off").err
+    wrong = run(*command, "--speculate", "many")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "use 'auto', 'off', or an integer from 1 to 16" in wrong.err
 
 
 def test_quiet_says_nothing_but_the_answer(run, tiny_bundle, answer) -> None:

@@ -336,6 +336,10 @@ def test_unknown_tokens_are_refused(changes, history, message):
         ("deadline_ms", 0, "a number above 0"),
         ("deadline_ms", math.nan, "a number from 0"),
         ("ignore_eos", 1, "true or false"),
+        *(
+            ("speculate", value, "'auto', 'off', or an integer from 1 to 16")
+            for value in (0, 17, True, 2.0, "", "on", "-1", "9" * 5000, "٣", ["auto"], None)
+        ),
         ("logit_bias", [1], "a mapping of token ids to numbers"),
         ("stop", 3, "a list of at most 64 entries"),
         ("stop", ["x"] * 65, "a list of at most 64 entries"),
@@ -352,6 +356,13 @@ def test_values_out_of_range_are_refused(name, value, permitted):
         SamplingParams(**{name: value})
     assert caught.value.what.startswith(f"{name} = ")
     assert f"use {permitted}" in caught.value.do
+
+
+@pytest.mark.parametrize("value", ["auto", "off", 1, 16])
+def test_guesses_are_a_word_or_a_number(value):
+    """Which may be written in digits, as a command line has it."""
+    assert SamplingParams(speculate=value).speculate == value
+    assert SamplingParams(speculate=str(value)).speculate == value
 
 
 @pytest.mark.parametrize(

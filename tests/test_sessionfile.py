@@ -37,6 +37,7 @@ from edgert.sessionfile import (
     read_session,
     write_session,
 )
+from edgert.speculate import Record
 from edgert.vault import Key
 
 KEY = Key(bytes(range(32)), 1)
@@ -47,6 +48,8 @@ SAVED = SavedSession(
     states={"lens": np.array([4]), "kept": np.array([[5, 3, 257, 9]])},
     capacity=256,
     pending=(np.linspace(-1, 1, VOCAB, dtype=np.float32), VOCAB - 1),
+    guess=(3, 257, 9, 5),
+    record=(0, 85, 255),
     request=Request(
         SamplingParams(
             max_tokens=7,
@@ -157,6 +160,15 @@ def test_a_session_without_anything_comes_back(tmp_path):
     back = read_session(tmp_path / "s")
     assert (back.pending, back.request, back.data) == (None, None, {})
     assert back.bundle == bare.bundle
+
+
+def test_what_came_later_is_written_only_where_it_says_something(tmp_path):
+    """A session that has not speculated is a file that older versions read."""
+    plain = replace(SAVED, guess=(), record=Record.START)
+    data = file_of(plain, tmp_path / "s")
+    assert b"specul" not in data
+    assert b"halt" not in data
+    assert read_session(tmp_path / "s").record == Record.START
 
 
 def test_the_same_session_is_the_same_file(tmp_path):
@@ -307,6 +319,17 @@ SENSELESS = {
     "bias of text": (_set(*PARAMS, "logit_bias", to={"a": 1}), "logit_bias"),
     "bias that is huge": (_set(*PARAMS, "logit_bias", to={"1": 1e300}), "logit_bias"),
     "65 stop strings": (_set(*PARAMS, "stop", to=["a"] * 65), "stop = "),
+    "speculation that is text": (_set("speculation", to="x"), "session.speculation cannot be"),
+    "speculation key unknown": (_set("speculation", "x", to=1), "speculation.x is unknown"),
+    "record missing": (_without("speculation", "record"), "speculation.record is missing"),
+    "record of two": (_set("speculation", "record", to=[1, 2]), "speculation.record cannot be"),
+    "record of 9 bits": (_set("speculation", "record", to=[1, 2, 256]), "record cannot be"),
+    "record of truths": (_set("speculation", "record", to=[True] * 3), "record cannot be"),
+    "guess of 17": (_set("speculation", "guess", to=[1] * 17), "speculation.guess cannot be"),
+    "guess below 0": (_set("speculation", "guess", to=[-1]), "speculation.guess cannot be"),
+    "guess of 2^31": (_set("speculation", "guess", to=[2**31]), "speculation.guess cannot be"),
+    "guess of a list": (_set("speculation", "guess", to=[[1]]), "speculation.guess cannot be"),
+    "guesses without number": (_set(*PARAMS, "speculate", to=17), "speculate = 17"),
     "a list": (lambda header: [header], "session is not an object"),
     "text": (lambda header: "not json", "not JSON as edgert writes it"),
     "spaces": (lambda header: json.dumps(header), "not JSON as edgert writes it"),

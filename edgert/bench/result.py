@@ -18,13 +18,13 @@ import numpy as np
 from edgert._version import __version__
 from edgert.bench import facts, power
 from edgert.bench.measure import PARTS, Request
-from edgert.bench.plan import Plan, Work
+from edgert.bench.plan import Work
 from edgert.bench.statistics import rates, summary
 from edgert.bench.verify import Verified
 from edgert.errors import BadFile, EdgertError, NewerFormat
 from edgert.files import read_at_most
 from edgert.model import Model
-from edgert.sampler import OFF
+from edgert.sampler import OFF, SamplingParams
 
 FORMAT = 1
 MAX_BYTES = 16 << 20
@@ -74,7 +74,7 @@ def declared(model: Model, work: Work, *, device: str, prepack: bool) -> Result:
         "n_depth": plan.n_depth,
         "repeats": plan.repeats,
         "warmup": plan.warmup,
-        "sampling": _sampling(plan),
+        "sampling": _sampling(work.params),
         "prompt_source": work.source,
         "prompt_sha256": work.sha256,
         "cache_state": "warm" if plan.warmup else "model loaded, nothing warmed up",
@@ -85,10 +85,10 @@ def declared(model: Model, work: Work, *, device: str, prepack: bool) -> Result:
     }
 
 
-def _sampling(plan: Plan) -> dict[str, Any]:
+def _sampling(params: SamplingParams) -> dict[str, Any]:
     """Without speculation it is what earlier versions wrote, so that their runs compare."""
-    chosen = {"temperature": 0.0, "ignore_eos": True, "halt": plan.halt}
-    return chosen if plan.speculate == OFF else chosen | {"speculate": plan.speculate}
+    chosen = {"temperature": 0.0, "ignore_eos": True, "halt": params.halt}
+    return chosen if params.speculate == OFF else chosen | {"speculate": params.speculate}
 
 
 def measured(

@@ -22,18 +22,20 @@ class Torch:
         torch.set_num_threads(orders["threads"])
         self.model = AutoModelForCausalLM.from_pretrained(orders["model"], dtype=torch.float32)
         self.model.eval()
-        self.capacity = orders["capacity"] if orders["compiled"] else None
-        self.step = self.model
+        self.step, self.static = self.model, None
         if orders["compiled"]:
             self.step = torch.compile(self.model, fullgraph=True, dynamic=False)
+            self.static = StaticCache(self.model.config, max_cache_len=orders["capacity"])
+
+    def _empty(self) -> Any:
+        if self.static is None:
+            return DynamicCache(config=self.model.config)
+        self.static.reset()
+        return self.static
 
     @torch.inference_mode()
     def generate(self, ids: list[int], count: int, arrived: Arrived) -> None:
-        config = self.model.config
-        cache: Any = DynamicCache(config=config)
-        if self.capacity is not None:
-            cache = StaticCache(config=config, max_cache_len=self.capacity)
-        tokens = torch.tensor([ids])
+        cache, tokens = self._empty(), torch.tensor([ids])
         for i in range(count):
             run = self.step if i else self.model
             logits = run(tokens, cache=cache, use_cache=True, logits_to_keep=1).logits

@@ -96,6 +96,7 @@ def private_stdout() -> TextIO:
 
 
 def main() -> None:
+    start = Window()
     orders = json.loads(sys.argv[1])
     answers = private_stdout()
 
@@ -107,7 +108,7 @@ def main() -> None:
         say({"costs": [costs(model, ids) for ids in orders["score"]]})
         return
     first = request(model, orders["cold"], 0)
-    say({"token": first["tokens"][0], "cpu_s": time.process_time()})
+    say({"token": first["tokens"][0], "others": start.others()})
     say(speed(model, orders))
 
 

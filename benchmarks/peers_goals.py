@@ -75,7 +75,8 @@ def speed_goal(promise: Promise, sides: Mapping[str, Summary]) -> Goal:
     if f"{OURS}-{promise.precision}" not in sides or not ratios:
         return Goal(promise.text, "-", UNKNOWN)
     ratio, key, peer = min(ratios)
-    at = f" ({key}, {peer})" if key != promise.what or len(there) > 1 else ""
+    where = [key] * (key != promise.what) + [peer] * (len(promise.peers) > 1)
+    at = f" ({', '.join(where)})" if where else ""
     sure = all(side.quiet for side in there)
     return Goal(promise.text, f"{ratio:.2f}x{at}", verdict(ratio, promise) if sure else UNSURE)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -76,4 +77,5 @@ def picture(
                 va="center",
             )
     left.invert_yaxis()  # of both: the axis is shared
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "peers"}):  # the same figures give the same file
+        figure.savefig(path, format="svg", metadata={"Date": None})

@@ -39,11 +39,13 @@ def ask(
     """
     name = " ".join(command[1:-1])
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as err:
-        begun = time.perf_counter()
-        process = subprocess.Popen(
+    begun = time.perf_counter()
+    with (
+        log.open("ab") as err,
+        subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=err, env=dict(env), cwd=BENCHMARKS, text=True
-        )
+        ) as process,
+    ):
         timer = threading.Timer(timeout, process.kill)
         timer.start()
         try:

@@ -704,13 +704,10 @@ def test_a_step_reads_what_it_multiplies_by(tmp_path):
     from onnx import TensorProto, helper
     from runtimes.weights import onnx_bytes
 
-    def tensor(name: str, kind: int, *dims: int) -> TensorProto:
-        return helper.make_tensor(name, kind, dims, bytes(np.prod(dims) * 4), raw=True)
-
     tensors = [
-        tensor("table", TensorProto.FLOAT, 7, 3),
-        tensor("tied", TensorProto.FLOAT, 5, 3),
-        tensor("matrix", TensorProto.UINT8, 3, 5),
+        helper.make_tensor("table", TensorProto.FLOAT, (7, 3), [0.0] * 21),
+        helper.make_tensor("tied", TensorProto.FLOAT, (5, 3), [0.0] * 15),
+        helper.make_tensor("matrix", TensorProto.UINT8, (3, 5), [0] * 15),
     ]
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["a"]),

@@ -749,6 +749,51 @@ def test_a_thing_is_made_once_and_whole(tmp_path):
     assert said == ["making m"] * 2
 
 
+@pytest.fixture
+def commands(monkeypatch):
+    """What would have been run; of a virtual environment there is the folder."""
+    from runtimes import setups, workshop
+
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *rest: Any) -> None:
+        ran.append(list(command))
+        if "venv" in command:
+            Path(command[-1]).mkdir(parents=True, exist_ok=True)
+
+    for module in (setups, workshop):
+        monkeypatch.setattr(module, "run", run)
+    return ran
+
+
+def test_an_environment_is_installed_once(tmp_path, commands):
+    """Again only when it is to hold something else, or was not finished."""
+    shop, _ = shop_of(tmp_path)
+    for packages in (["a==1"], ["a==1"], ["a==2"]):
+        python = shop.environment("a", packages)
+        assert python.parts[-2:] == ("bin", "python")
+    installed = [command[4:] for command in commands if "install" in command]
+    assert installed == [["a==1"], ["a==2"]]
+    assert sum("venv" in command for command in commands) == 2
+
+
+def test_a_bundle_is_exported_again_when_its_recipe_changes(tmp_path, commands):
+    """And not as long as it is there: its name has a digest of the recipe and of edgert's code."""
+    from runtimes.setups import export_bundle
+
+    source = tmp_path / "model.toml"
+    names = set()
+    for text in ("a", "a", "b"):
+        source.write_text(text)
+        bundle = export_bundle(tmp_path, source, "fp32,int4", lambda text: None)
+        names.add(bundle.name)
+        bundle.mkdir(parents=True, exist_ok=True)
+        (bundle / "manifest.json").touch()
+    assert len(names) == len(commands) == 2
+    assert all(name.startswith("model-fp32-int4-") for name in names)
+    assert commands[0][commands[0].index("--precision") + 1] == "fp32,int4"
+
+
 def test_a_side_that_cannot_be_set_up_says_why(tmp_path, monkeypatch):
     """The others are set up all the same."""
     import peers

@@ -6,7 +6,6 @@ Argument: JSON with side, bundle, source, threads, ids, tokens. Answers: JSON li
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ STREAM_BYTES = 1 << 29  # of each thread: far beyond any cache
 
 
 def with_edgert(orders: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
-    from peer_edgert import request
+    from runtimes.run_edgert import Edgert
+    from runtimes.worker import request
 
-    import edgert
-
-    model = edgert.load(Path(orders["bundle"]), threads=orders["threads"])
-    facts = {"placement": model.placement, "parameters": model.manifest.parameters}
-    return lambda: request(model, orders["ids"], orders["tokens"]), facts
+    side = Edgert({"model": orders["bundle"], "threads": orders["threads"]})
+    facts = {"placement": side.model.placement, "parameters": side.model.manifest.parameters}
+    return lambda: request(side, orders["ids"], orders["tokens"]), facts
 
 
 def weights(source: Path) -> Any:
@@ -67,20 +65,10 @@ def with_torch(orders: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
 def with_memory(orders: dict[str, Any]) -> tuple[Run, dict[str, Any]]:
     """How fast this machine reads memory: `threads` dot products side by side."""
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    import time
+    from runtimes.read_speed import read_speed
 
-    import numpy as np
-
-    count = orders["threads"]
-    arrays = [np.ones(STREAM_BYTES // 4, np.float32) for _ in range(count)]
-    pool = ThreadPoolExecutor(count)
-
-    def run() -> dict[str, Any]:
-        begun = time.perf_counter()
-        list(pool.map(lambda a: a @ a, arrays))
-        return {"gb_per_s": count * STREAM_BYTES / (time.perf_counter() - begun) / 1e9}
-
-    return run, {}
+    threads = orders["threads"]
+    return lambda: {"gb_per_s": read_speed(threads * STREAM_BYTES, threads)}, {}
 
 
 SIDES = {

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import click
-from peer_measure import Window, own_memory, report, task
+from runtimes.measure import Window, own_memory, report, task
 
 HERE = Path(__file__).resolve().parent
 Run = Callable[[], dict[str, Any]]

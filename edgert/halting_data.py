@@ -1,25 +1,24 @@
-"""Puzzles to measure a model on: a file of them, one a line, or a data set's folder.
+"""Puzzles to measure a model on: a file of them, as `edgert solve` reads it, or a data set.
 
-A line holds a puzzle as people write it and, if it is known, its solution behind a comma or a tab.
-Where none is given, the checker of the task decides.
+Where a puzzle's solution is not given, the checker of the task decides.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import BadFile, UsageError
+from edgert.errors import UsageError
 from edgert.solving import Solution
 from edgert.tasks import Task
-from edgert.tasks.puzzle import Tokens
+from edgert.tasks.puzzle import PAD
+from edgert.tasks.puzzlefile import read_questions
 from edgert.tasks.puzzleset import IGNORED, open_puzzleset
 from edgert.tasks.reading import read_bytes
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from edgert.model import Model
 
 MAX_BYTES = 1 << 26
-_BETWEEN = re.compile(r"[,\t]")
 
 
 @dataclass(frozen=True)
@@ -114,46 +112,19 @@ def _folder(model: Model, path: Path, most: int) -> Puzzles:
 
 def _file(model: Model, path: Path, most: int) -> Puzzles:
     task = model.task
-    # A maze's question has no path in it: what reads its solution is another function.
-    answered: Callable[[str], Tokens] = getattr(task, "encode", task.parse)
-    asked: list[Tokens] = []
-    labels: list[Tokens] = []
-    known: list[bool] = []
-    for line, text in _lines(path):
-        if len(asked) == most:
-            break
-        where = f"{path}, line {line}"
-        question, *solution = _BETWEEN.split(text)
-        try:
-            cells = task.parse(question)
-            if len(solution) > 1:
-                raise UsageError(f"the line has {len(solution) + 1} fields instead of 1 or 2")
-            answer = answered(solution[0]) if solution else np.full_like(cells, IGNORED)
-            verdict = task.check(cells, answer if solution else cells)
-        except UsageError as error:
-            inside = f", {error.where}" if error.where else ""
-            raise UsageError(error.what, where=where + inside, do=error.do) from error
-        if solution and verdict.decided and not verdict.ok:
-            raise UsageError(f"the solution is wrong: {verdict.reason}", where=where)
-        if not solution and not verdict.decided:
+    questions = read_questions(read_bytes(path, MAX_BYTES), task, str(path))
+    found = list(islice(questions, most))
+    for question in found:
+        if question.known is None and not task.check(question.tokens, question.tokens).decided:
             raise UsageError(
                 f"only a solution tells whether an answer to {task.name} is right",
-                where=where,
+                where=question.where,
                 do="add it behind a comma",
             )
-        asked.append(cells)
-        labels.append(answer)
-        known.append(bool(solution))
-    ids, answers = (np.array(rows, np.int32).reshape(-1, task.seq_len) for rows in (asked, labels))
-    return Puzzles(ids, np.zeros(len(ids), np.int64), answers, np.array(known, np.bool_), task)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers."""
-    try:
-        text = read_bytes(path, MAX_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadFile(f"the file is not UTF-8: {error}", where=str(path)) from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line.rstrip("\r")
+    known = np.array([question.known is not None for question in found], np.bool_)
+    ids, labels = (np.full((len(found), task.seq_len), IGNORED, np.int32) for _ in range(2))
+    for i, question in enumerate(found):
+        ids[i] = question.tokens
+        if question.known is not None:
+            labels[i] = np.where(question.known == PAD, IGNORED, question.known)
+    return Puzzles(ids, np.zeros(len(found), np.int64), labels, known, task)

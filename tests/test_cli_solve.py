@@ -13,6 +13,7 @@ import pytest
 from edgert.cli.answers import checked
 from edgert.solving import Solving
 from edgert.tasks import find
+from edgert.tasks.arc import Arc
 from edgert.tasks.puzzlefile import Question, read_questions
 
 SOLVED = "1324|4231|2413|3142"
@@ -202,10 +203,11 @@ BOARD = "1324\n4231\n2413\n314."
         (ARC, "123\n456", 1),
         (ARC, "12/34\n\n5", 2),
         (ARC, '{"train": [], "test": [{"input": [[1, 2]]}, {"input": [[3]], "output": [[4]]}]}', 2),
+        (FOUR, "\n  \n", 0),
     ],
 )
 def test_a_file_is_read_as_it_is_written(task, text, count):
-    found = read_questions(text.encode(), task, "file")
+    found = list(read_questions(text.encode(), task, "file"))
     assert len(found) == count
     for question in found:
         assert question.tokens.shape == (task.seq_len,)
@@ -214,10 +216,13 @@ def test_a_file_is_read_as_it_is_written(task, text, count):
 @pytest.mark.parametrize(
     ("task", "data", "message"),
     [
-        (FOUR, b"", "has no puzzles"),
         (FOUR, b"\xff\xfe", "not UTF-8"),
         (FOUR, b"1...\n..3.\n.4.", "11 cells, but a 4x4 board has 16"),
         (FOUR, f"{SOLVED}\n1..\n".encode(), "3 cells, but a 4x4 board has 16"),
+        (FOUR, f"{WRONG},x".encode(), "'x' is not a cell"),
+        (FOUR, f"{WRONG},{SOLVED},{SOLVED}".encode(), "3 fields instead of 1 or 2"),
+        (FOUR, f"{SOLVED},{WRONG}".encode(), "the solution is wrong: "),
+        (Arc(3), b'{"test": [{"input": [[1, 2, 3, 4]]}]}', "does not fit on a canvas of 3 x 3"),
         (ARC, b'{"test": []}', "test is not a list of 1 to 100 pairs"),
         (ARC, b'{"test": [3, {"input": [[10]]}]}', "not a whole number from 0 to 9"),
         (ARC, b'{"test": ', "not sound JSON"),
@@ -228,7 +233,7 @@ def test_a_file_that_is_none_says_where(task, data, message):
     from edgert.errors import EdgertError
 
     with pytest.raises(EdgertError, match=message) as failure:
-        read_questions(data, task, "file")
+        list(read_questions(data, task, "file"))
     assert failure.value.exit_code in (2, 3)
     assert str(failure.value.where).startswith("file")
 
@@ -236,9 +241,15 @@ def test_a_file_that_is_none_says_where(task, data, message):
 def test_the_wrong_line_is_named():
     from edgert.errors import UsageError
 
-    with pytest.raises(UsageError) as failure:
-        read_questions(f"{SOLVED}\n\n{SOLVED}\n1...|x".encode(), FOUR, "file")
-    assert failure.value.where == "file, line 4: row 2, column 1"
+    for text, where in (
+        (f"{SOLVED}\n\n{SOLVED}\n1...|x", "file, line 4: row 2, column 1"),
+        (f"{WRONG},1324x\n{SOLVED}", "file, line 1: row 2, column 1"),
+        (f"1...|x\n{SOLVED}", "file, line 1: row 2, column 1"),
+        (f"{SOLVED}\n{SOLVED},{SOLVED[:-1]}", "file, line 2: row 4 has 3 cells instead of 4"),
+    ):
+        with pytest.raises(UsageError) as failure:
+            list(read_questions(text.encode(), FOUR, "file"))
+        assert failure.value.where == where
 
 
 def test_where_rules_cannot_tell_the_known_answer_does():
@@ -249,6 +260,43 @@ def test_where_rules_cannot_tell_the_known_answer_does():
     assert str(checked(ARC, known, wrong)) == "unverified: not the known answer"
     assert not checked(ARC, unknown, right).solved
     assert not checked(None, Question("1", right), right).solved
+
+
+def test_a_line_may_have_the_answer_behind_a_comma_or_a_tab():
+    """A tab between cells is no such thing, nor is a comma between colours."""
+    for task, asked, answer in (
+        (FOUR, WRONG, "1324423124133142"),
+        (MAZE, "S..G....####", "SooG    ####"),
+        (ARC, "12/34", "56/78/90"),
+    ):
+        for between in ",\t":
+            lines = f"{asked}\n{asked}{between}{answer}\n".encode()
+            plain, answered = read_questions(lines, task, "file")
+            assert plain.known is None
+            assert (plain.text, answered.text) == (asked, asked)
+            assert (plain.where, answered.where) == ("file, line 1", "file, line 2")
+            assert task.text(answered.known) == answer
+    for task, text in ((FOUR, "1...\t..3.\t.4..\t...2"), (ARC, "12,34"), (ARC, "[[1,2],[3,4]]")):
+        (whole,) = read_questions(text.encode(), task, "file")
+        assert (whole.text, whole.known) == (text, None)
+
+
+def test_answers_are_compared_with_those_of_the_file(solve, tmp_path):
+    """The copier answers with the question: two of the known answers it gives, one it does not."""
+    other = "1324|4231|2413|314."
+    file = tmp_path / "boards.txt"
+    solved = SOLVED.replace("|", "")
+    file.write_text(f"{SOLVED},{solved}\n{SOLVED}\t{solved}\n{other},{solved}\n{SOLVED}\n")
+    found = solve("-f", file)
+    assert found.code == 0
+    assert "3 of 4 solved" in found.out
+    assert found.out.rstrip().endswith("· 2 of 3 the known answer")
+    answers = json.loads(solve("-f", file, "--json").out)["solutions"]
+    assert [answer["known_answer"] for answer in answers] == [True, True, False, None]
+    assert [answer["puzzle"] for answer in answers] == [SOLVED, SOLVED, other, SOLVED]
+    file.write_text("\n \n")
+    empty = solve("-f", file)
+    assert (empty.code, "the file has no puzzles" in empty.err) == (3, True)
 
 
 def test_token_ids_solve_what_nobody_names(run, rope_bundle):

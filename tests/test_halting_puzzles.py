@@ -196,7 +196,7 @@ def test_what_is_no_set_of_puzzles_is_refused(model, tmp_path):
         ([question, question[:-1]], "line 2"),
         ([f"{question},{question}"], "the solution is wrong"),
         ([f"{question},{answer},{answer}"], "3 fields"),
-        ([f"{question},x{answer[1:]}"], "line 1, row 1, column 1"),
+        ([f"{question},x{answer[1:]}"], "line 1: row 1, column 1"),
         (["", "  "], "no puzzles"),
     ):
         with pytest.raises(UsageError) as error:

@@ -51,6 +51,7 @@ EVERYTHING = [
 WAYS = {
     "segments": (SEGMENTS, []),
     "everything": (SEGMENTS, EVERYTHING),
+    "bf16": (SEGMENTS, [(TRAIN, '[train]\nprecision = "bf16"\n')]),
     "adamw": (SEGMENTS, [(TRAIN, '[train]\noptimizer = "adamw"\n')]),
     "cycles": (CYCLES, [(TRAIN, '[train]\ncycle_loss = "halting"\nema = 0.9\n')]),
     "published cycles": (CYCLES, [(TRAIN, '[train]\noptimizer = "adamw"\ngrad_clip = 1\n')]),

@@ -32,10 +32,11 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Checked:
-    """What a checker makes of an answer."""
+    """What a checker makes of an answer. known: whether it is the known one, if one is known."""
 
     solved: bool
     reason: str
+    known: bool | None = None
 
     def __str__(self) -> str:
         return f"{'solved' if self.solved else 'unverified'}: {self.reason}"
@@ -44,14 +45,16 @@ class Checked:
 def checked(task: Task | None, question: Question, values: Integers | None) -> Checked:
     """Solved only if the task's rules say so, or, where they cannot tell, the known answer."""
     if values is None:
-        return Checked(False, "no answer yet")
+        return Checked(False, "no answer yet", None if question.known is None else False)
     if task is None:
         return Checked(False, "the bundle does not say what its puzzles are")
     verdict = task.check(question.tokens, values)
-    if verdict.decided or question.known is None:
+    if question.known is None:
         return Checked(verdict.ok, verdict.reason)
     same = task.text(values) == task.text(question.known)
-    return Checked(same, "the known answer" if same else "not the known answer")
+    if verdict.decided:
+        return Checked(verdict.ok, verdict.reason, same)
+    return Checked(same, "the known answer" if same else "not the known answer", same)
 
 
 class Answers:
@@ -92,6 +95,7 @@ class Answers:
                     "answer": self._text(found.values),
                     "solved": check.solved,
                     "checked": check.reason,
+                    "known_answer": check.known,
                     "steps": found.steps,
                     "finish_reason": found.reason,
                     "seconds": found.seconds,
@@ -115,7 +119,9 @@ class Answers:
         if len(checks) > 1:
             mean = sum(found.steps for found in self.solutions) / len(checks)
             solved = sum(check.solved for check in checks)
-            click.echo(f"{solved} of {len(checks)} solved · {mean:.2f} {self.word} a puzzle")
+            known = [check.known for check in checks if check.known is not None]
+            same = f" · {sum(known)} of {len(known)} the known answer" if known else ""
+            click.echo(f"{solved} of {len(checks)} solved · {mean:.2f} {self.word} a puzzle{same}")
 
     def closing(self) -> str:
         spent = self.solving.spent_ns / 1e9

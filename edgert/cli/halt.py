@@ -38,7 +38,8 @@ def _number(name: str, least: int, help: str) -> Callable[[F], F]:
     required=True,
     metavar="FILE",
     help="A text in UTF-8, of the kind that the model is for. Of a model that solves: puzzles, one "
-    "a line, each with its solution behind a comma if it is known; or a data set's folder.",
+    "a line, each with its solution behind a comma if it is known, or whatever `edgert solve` "
+    "reads; or a data set's folder.",
 )
 @_number("--tokens", 2, "Tokens of a text that are read (default: 2000).")
 @_number("--window", 2, "Tokens behind each other (default: 256); the context at most.")

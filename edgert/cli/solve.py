@@ -11,6 +11,7 @@ import click
 
 from edgert.cli.options import FILE, as_json, common, key, key_options, option, placement
 from edgert.cli.show import note, print_json, size
+from edgert.errors import BadFile
 
 if TYPE_CHECKING:
     from edgert.model import Model
@@ -74,9 +75,10 @@ def solve(bundle: Path | None, puzzles: tuple[str, ...], **given: Any) -> None:
     """Solve puzzles: each until the model itself says that it is done.
 
     A puzzle is written as people write it: a sudoku as its cells row by row, with dots for blanks
-    and any separators between rows. A file holds one puzzle a line, or blocks of lines with empty
-    lines between them; of ARC also a JSON file, whose test inputs are the puzzles. Of a bundle
-    that does not say what its puzzles are, a puzzle is a list of token ids such as 1,2,3.
+    and any separators between rows. A file holds one puzzle a line, with its answer behind a comma
+    if it is known, or blocks of lines with empty lines between them; of ARC also a JSON file, whose
+    test inputs are the puzzles. Of a bundle that does not say what its puzzles are, a puzzle is a
+    list of token ids such as 1,2,3.
 
     An answer is `solved` only if a checker says so that knows the rules and not the model; else it
     is `unverified`. Ctrl-C leaves off behind the iteration that is running.
@@ -169,8 +171,11 @@ def _questions(model: Model, texts: tuple[str, ...], file: Any) -> list[Question
         if len(data) > MAX_FILE_BYTES:
             raise click.UsageError(f"the file of puzzles is larger than {size(MAX_FILE_BYTES)}")
     if task is not None:
-        found = [Question(text, task.parse(text)) for text in texts]
-        return found + (read_questions(data, task, where) if file is not None else [])
+        typed = [Question(text, task.parse(text)) for text in texts]
+        read = [] if file is None else list(read_questions(data, task, where))
+        if file is not None and not read:
+            raise BadFile("the file has no puzzles", where=where)
+        return typed + read
     lines = [line for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
     asked = [*texts, *lines]
     if not asked:

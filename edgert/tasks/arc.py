@@ -185,6 +185,10 @@ class Arc:
             )
         return self.lay(np.array(rows, np.uint8)).astype(np.int32)
 
+    def encode(self, text: str) -> Tokens:
+        """An answer is written as a question is."""
+        return self.parse(text)
+
     def text(self, tokens: Integers) -> str:
         """The grid at the top left of the canvas, with / between rows; "?" if there is none."""
         return "/".join("".join(map(str, row)) for row in self.crop(tokens).tolist()) or "?"

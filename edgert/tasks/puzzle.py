@@ -108,6 +108,10 @@ class Task(Protocol):
         """A question as people write it. Raises UsageError saying what is wrong, and where."""
         ...
 
+    def encode(self, text: str) -> Tokens:
+        """The same of an answer, whose rules are unchecked."""
+        ...
+
     def text(self, tokens: Integers) -> str:
         """One line, which `parse` reads back where it is a question."""
         ...

@@ -14,45 +14,59 @@ from edgert.tasks.arc_files import open_pairs
 from edgert.tasks.puzzle import Task, Tokens
 
 MAX_PUZZLES = 1 << 20
+_BETWEEN = re.compile(r"[,\t]")
 
 
 @dataclass(frozen=True)
 class Question:
-    """tokens int32 [S]; text as it was given; known: the answer, where a file has it."""
+    """tokens int32 [S]; text as it was given; known: the answer, where a file has it; where: the
+    file and the place in it."""
 
     text: str
     tokens: Tokens
     known: Tokens | None = None
+    where: str | None = None
 
 
-def read_questions(data: bytes, task: Task, where: str) -> list[Question]:
-    """The puzzles in a file: blocks of lines with empty lines between them, or a line each; of ARC
-    also a JSON file, whose test inputs are the questions.
+def read_questions(data: bytes, task: Task, where: str) -> Iterator[Question]:
+    """The puzzles in a file, as they are asked for: blocks of lines with empty lines between them,
+    or a line each, there with the answer behind a comma or a tab if it is known; of ARC also a JSON
+    file, whose test inputs are the questions.
 
-    Raises UsageError saying which line is no puzzle, BadFile for what is no text, or unsound JSON.
+    What can be read as a puzzle as a whole is one: commas may stand between colours, too.
+    Raises UsageError saying which line is no puzzle, or has an answer that breaks the rules;
+    BadFile for what is no text, unsound JSON, or too much.
     """
     if isinstance(task, Arc) and data.lstrip()[:1] == b"{":
-        pairs = open_pairs(data, where)
-        return [
-            Question(
-                task.text(canvas := task.lay(pair.input).astype(np.int32)),
-                canvas,
-                None if pair.output is None else task.lay(pair.output).astype(np.int32),
-            )
-            for pair in pairs
-        ]
+        yield from _pairs(data, task, where)
+        return
     try:
         text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadFile(f"the file of puzzles is not UTF-8: {error}", where=where) from None
-    found: list[Question] = []
+    except UnicodeDecodeError:
+        raise BadFile("the file of puzzles is not UTF-8", where=where) from None
+    count = 0
     for first, lines in _blocks(text):
-        found += _block(task, lines, f"{where}, line {{}}", first)
-        if len(found) > MAX_PUZZLES:
-            raise BadFile(f"more than {MAX_PUZZLES:,} puzzles", where=where, do="split the file")
-    if not found:
-        raise BadFile("the file has no puzzles", where=where)
-    return found
+        for question in _block(task, lines, f"{where}, line {{}}", first):
+            count += 1
+            if count > MAX_PUZZLES:
+                raise BadFile(
+                    f"more than {MAX_PUZZLES:,} puzzles", where=where, do="split the file"
+                )
+            yield question
+
+
+def _pairs(data: bytes, task: Arc, where: str) -> Iterator[Question]:
+    for i, pair in enumerate(open_pairs(data, where)):
+        place = f"{where}, test[{i}]"
+        try:
+            canvas, known = (
+                None if grid is None else task.lay(grid).astype(np.int32)
+                for grid in (pair.input, pair.output)
+            )
+        except UsageError as error:
+            raise UsageError(error.what, where=place, do=error.do) from None
+        assert canvas is not None, "a pair has an input"
+        yield Question(task.text(canvas), canvas, known, place)
 
 
 def _blocks(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -71,25 +85,61 @@ def _blocks(text: str) -> Iterator[tuple[int, list[str]]]:
         yield first, block
 
 
-def _block(task: Task, lines: list[str], where: str, first: int) -> list[Question]:
-    """One puzzle of several lines, or a puzzle a line."""
+def _block(task: Task, lines: list[str], where: str, first: int) -> Iterator[Question]:
+    """One puzzle of several lines, or a puzzle a line. `where` takes the number of a line."""
     whole = "\n".join(lines)
     try:
-        return [Question(whole, task.parse(whole))]
+        question = Question(whole, task.parse(whole), where=where.format(first))
     except UsageError as error:
         problem = error
-    found: list[Question] = []
+    else:
+        yield question
+        return
+    begun = False
     for number, line in enumerate(lines, first):
         if not line.strip():
             continue
+        at = number
         try:
-            found.append(Question(line, task.parse(line)))
+            question = _line(task, line, where.format(number))
         except UsageError as error:
-            # A first line that is no puzzle: they are rows of one.
-            wrong, at = (error, number) if found else (problem, first)
+            wrong = error
+            if not begun and len(lines) > 1 and not any(_asks(task, one) for one in lines[:2]):
+                wrong, at = problem, first  # they are rows of one
             place = where.format(at) + (f": {wrong.where}" if wrong.where else "")
             raise UsageError(wrong.what, where=place, do=wrong.do) from None
-    return found
+        begun = True
+        yield question
+
+
+def _line(task: Task, text: str, where: str) -> Question:
+    """A puzzle, or a puzzle and its answer."""
+    try:
+        return Question(text, task.parse(text), where=where)
+    except UsageError:
+        question, *answers = _BETWEEN.split(text)
+        if not answers or (isinstance(task, Arc) and len(answers) > 1):
+            raise
+    tokens = task.parse(question)
+    if len(answers) > 1:
+        raise UsageError(
+            f"the line has {len(answers) + 1} fields instead of 1 or 2",
+            do="give a puzzle, and behind a comma or a tab its answer if it is known",
+        )
+    known = task.encode(answers[0])
+    verdict = task.check(tokens, known)
+    if verdict.decided and not verdict.ok:
+        raise UsageError(f"the solution is wrong: {verdict.reason}")
+    return Question(question, tokens, known, where)
+
+
+def _asks(task: Task, line: str) -> bool:
+    """Whether a line has a puzzle, whatever may be behind it."""
+    try:
+        task.parse(_BETWEEN.split(line)[0])
+    except UsageError:
+        return False
+    return True
 
 
 def read_ids(text: str) -> list[int]:

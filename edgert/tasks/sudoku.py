@@ -117,6 +117,10 @@ class Sudoku:
             )
         return (grid.reshape(-1) + BLANK).astype(np.int32)
 
+    def encode(self, text: str) -> Tokens:
+        """An answer is written as a question is."""
+        return self.parse(text)
+
     def _value(self, char: str, cell: int) -> int:
         if char in _BLANKS:
             return 0

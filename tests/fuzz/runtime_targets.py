@@ -282,6 +282,7 @@ def puzzles(folder: Path) -> Target:
     tasks = [find(name) for name in ("sudoku-4x4", "maze-3x4", "arc-30x30")]
     seeds = [
         b"1...|..3.|.4..|...2\n",
+        b"1...|..3.|.4..|...2,1324423124133142\n....|....|....|....\t1324423124133142\n",
         b"S..G\n....\n####\n\nS..G....####",
         b'{"train": [], "test": [{"input": [[1, 2]], "output": [[3]]}]}',
     ]
@@ -290,7 +291,7 @@ def puzzles(folder: Path) -> Target:
         failures = []
         for task in tasks:
             try:
-                read_questions(data, task, "file")
+                list(read_questions(data, task, "file"))
             except EdgertError as error:
                 failures.append(error)
         if len(failures) == len(tasks):

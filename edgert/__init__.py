@@ -21,6 +21,7 @@ from edgert.errors import (
     CapacityExceeded,
     Diverged,
     EdgertError,
+    ExcessiveDrift,
     GateFailed,
     Incompatible,
     MissingDependency,
@@ -36,6 +37,7 @@ from edgert.errors import (
 if TYPE_CHECKING:
     from edgert.conversation import Conversation
     from edgert.generate import Generation, Piece, Stream, Timings
+    from edgert.migrating import Migration, migrate
     from edgert.model import Model, load
     from edgert.resuming import resume, resume_solving
     from edgert.sampler import SamplingParams
@@ -47,6 +49,7 @@ _LAZY = {
     "Conversation": "edgert.conversation",
     "Generation": "edgert.generate",
     "Look": "edgert.solving",
+    "Migration": "edgert.migrating",
     "Model": "edgert.model",
     "Piece": "edgert.generate",
     "SamplingParams": "edgert.sampler",
@@ -57,6 +60,7 @@ _LAZY = {
     "Timings": "edgert.generate",
     "TraceStep": "edgert.tracing",
     "load": "edgert.model",
+    "migrate": "edgert.migrating",
     "resume": "edgert.resuming",
     "resume_solving": "edgert.resuming",
 }
@@ -71,10 +75,12 @@ __all__ = [
     "Diverged",
     "Conversation",
     "EdgertError",
+    "ExcessiveDrift",
     "GateFailed",
     "Generation",
     "Incompatible",
     "Look",
+    "Migration",
     "MissingDependency",
     "Model",
     "NewerFormat",
@@ -94,6 +100,7 @@ __all__ = [
     "WrongKey",
     "__version__",
     "load",
+    "migrate",
     "resume",
     "resume_solving",
 ]

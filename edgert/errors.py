@@ -12,6 +12,7 @@
     │   ├── MissingDependency        an optional package; names the extra to install
     │   ├── NewerFormat              a file of a later edgert
     │   ├── SessionMismatch          a session that belongs to another bundle or variant
+    │   ├── ExcessiveDrift           a session's state is too far from another variant's own
     │   └── WrongKey                 an encrypted session, and no key or not its key
     ├── OutOfMemory             5    an allocation failed or a preflight refused it
     ├── CapacityExceeded        5    the sequence is longer than the model or its state allows
@@ -33,6 +34,7 @@ __all__ = [
     "CapacityExceeded",
     "Diverged",
     "EdgertError",
+    "ExcessiveDrift",
     "GateFailed",
     "Incompatible",
     "MissingDependency",
@@ -118,6 +120,10 @@ class NewerFormat(Incompatible):
 
 
 class SessionMismatch(Incompatible):
+    pass
+
+
+class ExcessiveDrift(Incompatible):
     pass
 
 

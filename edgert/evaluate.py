@@ -189,6 +189,19 @@ def cross_entropy(logits: NDArray[np.float32], wanted: NDArray[np.int64]) -> NDA
     return costs
 
 
+def divergence(want: NDArray[np.float32], got: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(softmax(want) || softmax(got)) per row, in nats: float32 [T, V] -> float64 [T]."""
+    p, q = _log_softmax(want), _log_softmax(got)
+    found: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
+    return found
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted: NDArray[np.float64] = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
+
+
 def encoded(model: Model, given: str | Sequence[int], limit: int | None) -> NDArray[np.int64]:
     """Checked token ids [T], `limit` of them at most."""
     vocab = model.manifest.vocab_size

@@ -48,7 +48,10 @@ KINDS = ("input", "loop", "state", "value", "signal", "result")
 MAX_ITERATIONS = 1024
 MAX_STATES = 4096
 
-SINCE = {"loop": 2, "halt": 3, "task": 3, "tables": 3, "state_dtypes": 4}
+SINCE = {
+    **{"loop": 2, "halt": 3, "task": 3, "tables": 3},
+    **{"state_dtypes": 4, "max_drift": 4},
+}
 """Keys that the first version of the format did not have, and the one that has them."""
 
 _T = TypeVar("_T")
@@ -479,7 +482,16 @@ class _Reader:
                 "task", got.get("task"), lambda at, v: self.match(at, v, SLUG, "the name of a task")
             ),
             tables=self.table("tables", got.get("tables", _ABSENT), DOTTED, 64, self.rows),
+            max_drift=self.optional("max_drift", got.get("max_drift"), self.nats),
         )
+
+    def nats(self, path: str, value: Any) -> float:
+        if value is _ABSENT:
+            return 0.0
+        if type(value) not in (int, float) or value < 0:
+            self.bad(path, f"{_show(value)} is not a number from 0 on")
+            return 0.0
+        return float(value)
 
     def rows(self, path: str, value: object) -> str:
         name = self.file(path, value)

@@ -17,7 +17,7 @@ from edgert.errors import CapacityExceeded, Incompatible, UsageError
 from edgert.generate import Generation, Stream
 from edgert.runner import Execution, StepIO
 from edgert.sampler import SamplingParams
-from edgert.sessionfile import Request, SavedSession, write_session
+from edgert.sessionfile import Move, Request, SavedSession, write_session
 from edgert.snapshot import adopt, check_fits, not_of_this_model, snapshot
 from edgert.speculate import Lookup, Record
 from edgert.vault import key_from
@@ -35,6 +35,7 @@ class Session:
     `data` is the application's own: what JSON can hold, saved with the session.
     `request` is the newest request, which a stream without a prompt goes on with.
     `notes` say, after a resume, what is not as it was where the session was saved.
+    `moves` say from which other variants of its model it came (`edgert.migrate`).
 
     The newest token is usually chosen but not yet in the state: it is fed with what follows.
     A session is used by one thread at a time; many sessions may share a model. What goes against
@@ -48,6 +49,7 @@ class Session:
         self.data: dict[str, Any] = {}
         self.request: Request | None = None
         self.notes: tuple[str, ...] = ()
+        self.moves: tuple[Move, ...] = ()
         self.stream_id = 0  # mixed into every draw; another one in each fork
         self.owns_model = False  # closing the session closes the model, too
         self.forks = 0  # made of this session: each has a number of its own

@@ -7,6 +7,7 @@ model is `Session.restore`'s question, and where the model is, `edgert.resume`'s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -28,7 +29,9 @@ from edgert.sessionstore import (
     bundle_hint,
     count,
     integers,
+    is_id,
     is_object,
+    line,
     nests,
     or_none,
     read_stored,
@@ -46,6 +49,10 @@ _AGAIN = "take an older copy, or start a new session"
 
 _LATER = {"halt": None, "speculate": AUTO}
 """Settings that the first version of the format did not have, and what they are unless given."""
+
+HOW = ("carried", "recomputed")
+MAX_MOVES = 16
+"""Those that are kept, the newest ones."""
 
 FINISH_REASONS = ("stop", "length", "deadline", "cancelled")
 
@@ -65,6 +72,30 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Move:
+    """How a session came to its variant from another one of its model: `edgert migrate`.
+
+    variant, variant_id  where it came from
+    how      `carried`: the state is the one that was computed there; `recomputed`: it is not
+    tokens   of the session at that time
+    The drift says how far the old state was from what the new variant computes itself; its three
+    values are None where the layouts of the states differ, or a value is not a number.
+    max_abs  largest difference of a state's element
+    kl       nats, of the distribution of the next token
+    top1     whether the best next token was the same
+    """
+
+    variant: str
+    variant_id: str
+    how: str
+    tokens: int
+    max_abs: float | None
+    kl: float | None
+    top1: bool | None
+    at: str
+
+
+@dataclass(frozen=True)
 class SavedSession:
     """All that a session file holds.
 
@@ -78,6 +109,7 @@ class SavedSession:
     stream     mixed into every draw; another one in each fork. `forks` counts those made
     place      backend, version, machine, threads: where continuing is bitwise
     data       the application's own
+    moves      between variants, the newest last
     """
 
     bundle: BundleHint
@@ -92,6 +124,7 @@ class SavedSession:
     forks: int = 0
     place: dict[str, str] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    moves: tuple[Move, ...] = ()
     written_by: str = ""
     created: str = ""
 
@@ -174,14 +207,17 @@ def _header(saved: SavedSession) -> dict[str, Any]:
             "finish_reason": request.finish_reason,
         },
         "data": checked_data(saved.data),
-    } | _speculation(saved)
+    } | _later(saved)
 
 
-def _speculation(saved: SavedSession) -> dict[str, Any]:
+def _later(saved: SavedSession) -> dict[str, Any]:
     """Left out where there is nothing to tell, so that older versions read the file, too."""
-    if not saved.guess and saved.record == Record.START:
-        return {}
-    return {"speculation": {"record": list(saved.record), "guess": list(saved.guess)}}
+    found: dict[str, Any] = {}
+    if saved.guess or saved.record != Record.START:
+        found["speculation"] = {"record": list(saved.record), "guess": list(saved.guess)}
+    if saved.moves:
+        found["moves"] = [asdict(move) for move in saved.moves[-MAX_MOVES:]]
+    return found
 
 
 def _params(params: SamplingParams) -> dict[str, Any]:
@@ -222,6 +258,7 @@ def _saved(stored: Stored) -> SavedSession:
         forks=got["forks"],
         place=got["place"],
         data=got["data"],
+        moves=tuple(Move(**record("moves", move, _MOVE)) for move in got.get("moves", ())),
         written_by=got["written_by"],
         created=got["created"],
     )
@@ -242,6 +279,10 @@ def _request(value: Any, tokens: int) -> Request:
     return Request(params, got["start"], got["end"], got["finish_reason"])
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is float and 0.0 <= value < math.inf
+
+
 _HEADER: dict[str, Check] = COMMON | {
     "capacity": lambda value: type(value) is int and 1 <= value <= MAX_TOKENS,
     "stream": count(2**64),
@@ -250,10 +291,25 @@ _HEADER: dict[str, Check] = COMMON | {
     "request": or_none(is_object),
     "data": is_object,
 }
-_HEADER_LATER: dict[str, Check] = {"speculation": is_object}
+_HEADER_LATER: dict[str, Check] = {
+    "speculation": is_object,
+    "moves": lambda value: isinstance(value, list) and 1 <= len(value) <= MAX_MOVES,
+}
+"""Keys that are there only where they tell something, so that older versions read other files."""
+
 _SPECULATION: dict[str, Check] = {
     "record": integers(len(Record.START), len(Record.START), 1 << WINDOW),
     "guess": integers(0, MOST_GUESSES, 2**31),
+}
+_MOVE: dict[str, Check] = {
+    "variant": line(64),
+    "variant_id": is_id,
+    "how": lambda value: value in HOW,
+    "tokens": count(MAX_TOKENS),
+    "max_abs": or_none(_is_size),
+    "kl": or_none(_is_size),
+    "top1": or_none(lambda value: isinstance(value, bool)),
+    "at": line(40),
 }
 _REQUEST: dict[str, Check] = {
     "params": is_object,

@@ -216,7 +216,7 @@ def is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
     return isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef")
 
 
@@ -239,9 +239,9 @@ COMMON: dict[str, Check] = {
 
 _BUNDLE: dict[str, Check] = {
     "name": line(64),
-    "model_id": _is_id,
+    "model_id": is_id,
     "variant": line(64),
-    "variant_id": _is_id,
+    "variant_id": is_id,
     "path": or_none(line(4096)),
     "relative": or_none(line(4096)),
 }

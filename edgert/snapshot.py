@@ -50,6 +50,7 @@ def snapshot(session: Session, path: Path | None = None) -> SavedSession:
         forks=session.forks,
         place=dict(runner.backend.build),
         data=checked_data(session.data),
+        moves=session.moves,
         **mark(),
     )
 
@@ -87,6 +88,7 @@ def adopt(session: Session, saved: SavedSession) -> None:
     session.data = copy.deepcopy(saved.data)
     session.request = saved.request
     session.stream_id, session.forks = saved.stream, saved.forks
+    session.moves = saved.moves
     session.notes = differences(saved.place, session.model.runner.backend.build)
 
 
@@ -94,17 +96,14 @@ def check_fits(model: Model, saved: SavedSession, where: str) -> None:
     """Raise SessionMismatch if the session is another variant's, BadSession if its numbers cannot
     be this model's; before any memory is allocated for it."""
     check_variant(model, saved.bundle, where)
-    count, vocab, context = saved.tokens.size, model.manifest.vocab_size, model.manifest.context
+    check_tokens(model, saved, where)
+    count = saved.tokens.size
     try:
         rows = rows_in(model.runner.states, saved.states)
     except ValueError as error:
         raise not_of_this_model(str(error), where) from None
-    if count > context:
-        wrong = f"{count} tokens are more than the context of {context}"
-    elif not 0 <= rows <= min(count, saved.capacity) or saved.capacity > context:
+    if not 0 <= rows <= min(count, saved.capacity) or saved.capacity > model.manifest.context:
         wrong = f"it has {rows} rows of {count} tokens in a capacity of {saved.capacity}"
-    elif count and not 0 <= saved.tokens.min() <= saved.tokens.max() < vocab:
-        wrong = f"it has token ids outside the vocabulary of {vocab}"
     elif saved.pending is not None and rows != count:
         wrong = "it has results of a token that is not its newest"
     elif saved.guess and not _is_guessed(model, saved, rows):
@@ -124,6 +123,18 @@ def _is_guessed(model: Model, saved: SavedSession, rows: int) -> bool:
         and rows + 1 + len(guess) <= saved.capacity
         and model.runner.can_speculate()
     )
+
+
+def check_tokens(model: Model, saved: SavedSession, where: str) -> None:
+    """Raise BadSession if the tokens cannot be this model's."""
+    count, vocab, context = saved.tokens.size, model.manifest.vocab_size, model.manifest.context
+    if count > context:
+        wrong = f"{count} tokens are more than the context of {context}"
+    elif count and not 0 <= saved.tokens.min() <= saved.tokens.max() < vocab:
+        wrong = f"it has token ids outside the vocabulary of {vocab}"
+    else:
+        return
+    raise not_of_this_model(wrong, where)
 
 
 def check_variant(model: Model, hint: BundleHint, where: str) -> None:
@@ -163,7 +174,8 @@ def _mismatch(model: Model, hint: BundleHint, where: str) -> SessionMismatch:
             f"the session belongs to variant {fits} of this bundle, and {runner.variant_name} is "
             "loaded",
             where=where,
-            do=f"load it with --variant {fits}",
+            do=f"load it with --variant {fits}, or move it:  edgert migrate {where} --to "
+            f"{model.bundle.root} --variant {runner.variant_name} -o NEW",
         )
     return SessionMismatch(
         "this session belongs to another bundle",

@@ -23,7 +23,7 @@ from typing import Any, Literal
 FORMAT_VERSION = 4
 """The newest that is read. Each bundle states the oldest that has what it needs: 2 has loops, 3
 has models that refine an answer until they are done with it, 4 has variants that keep states in
-another dtype than the program's."""
+another dtype than the program's, and bounds the drift of sessions that move."""
 
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 SHORT = {"float32": "fp32", "float16": "fp16"}
@@ -217,6 +217,7 @@ class Manifest:
     format_version: int = 1
     task: str | None = None  # what its puzzles are, such as 'sudoku-4x4'
     tables: dict[str, str] = field(default_factory=dict)  # input -> .npy file with its rows
+    max_drift: float | None = None  # of a session that another variant takes over, in nats
 
     @property
     def solves(self) -> bool:

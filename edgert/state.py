@@ -53,6 +53,24 @@ def rows_in(specs: Mapping[str, StateSpec], saved: Mapping[str, NDArray[np.gener
     return counts.pop()
 
 
+def check_layout(
+    specs: Mapping[str, StateSpec], saved: Mapping[str, NDArray[np.generic]], capacity: int
+) -> int:
+    """Rows that exported states of one sequence hold. Raises ValueError if they are not for these
+    specs: a name, dtype or shape that differs, or another number of rows."""
+    if saved.keys() != specs.keys():
+        odd = sorted(saved.keys() ^ specs.keys())
+        raise ValueError(f"state {odd[0]!r} is on one side only")
+    rows = rows_in(specs, saved)
+    for name, spec in specs.items():
+        held = min(rows, capacity) if spec.kind == "append" else capacity
+        shape = resolve(spec.shape, {"batch": 1, "capacity": held})
+        want, got = (np.dtype(spec.dtype), shape), (saved[name].dtype, saved[name].shape)
+        if want != got:
+            raise ValueError(f"state {name!r} is {got[0]}{got[1]}, not {want[0]}{want[1]}")
+    return rows
+
+
 class States:
     """Every state of one session as a buffer. `counters` are the rows filled so far, [batch]."""
 
@@ -141,23 +159,10 @@ class States:
         return saved | {name: np.full(1, rows, np.int64) for name in self.counters}
 
     def restore(self, saved: Mapping[str, NDArray[np.generic]]) -> None:
-        """Take over what `export` gave. Raises ValueError, with nothing changed, if it is not for
-        these states: a name, dtype or shape that differs, or another number of rows."""
-        if saved.keys() != self.specs.keys():
-            odd = sorted(saved.keys() ^ self.specs.keys())
-            raise ValueError(f"state {odd[0]!r} is on one side only")
-        parts = self.filled(rows_in(self.specs, saved))
-        for name, at in parts.items():
-            shape = tuple(
-                size if part.stop is None else min(size, part.stop)
-                for size, part in zip(
-                    self.buffers[name].shape, at or (slice(None),) * 8, strict=False
-                )
-            )
-            want, got = (self.buffers[name].dtype, shape), (saved[name].dtype, saved[name].shape)
-            if want != got:
-                raise ValueError(f"state {name!r} is {got[0]}{got[1]}, not {want[0]}{want[1]}")
-        for name, at in parts.items():
+        """Take over what `export` gave. Raises ValueError, with nothing changed, as `check_layout`
+        does."""
+        rows = check_layout(self.specs, saved, self.capacity)
+        for name, at in self.filled(rows).items():
             self.buffers[name].write(saved[name], at)
 
     @property

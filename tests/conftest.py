@@ -51,6 +51,17 @@ def tiny_bundle(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def ladder_bundle(tmp_path_factory) -> Path:
+    """The model of `tiny_bundle` in every precision."""
+    from tiny_decoder import speaking
+
+    from edgert.export.write import ExportOptions, export_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / "ladder"
+    return export_bundle(speaking(), out, ExportOptions("fp32,int8,int4", ("ort",))).path
+
+
+@pytest.fixture(scope="session")
 def tiny_exported_bundle(tiny_bundle) -> Path:
     """The same bundle, under the name of tests that only care that it came out of an export."""
     return tiny_bundle

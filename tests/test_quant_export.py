@@ -63,6 +63,7 @@ residual = 16
 precision = "int4"
 lowerings = ["ort"]
 unrolled = true
+max_drift = 0.25
 int4 = { block = 16, symmetric = false, method = "search" }
 """
 
@@ -182,6 +183,19 @@ def test_a_tied_head_is_stored_once_and_the_file_is_no_larger_than_its_weights(
     assert ops.count("Gather") == 0
     assert ops.count("MatMulNBits") == 1 + 2 * 2  # head; qkv and gate-up of two blocks
     assert ops.count("MatMul") == 2 * 2  # too small to be worth it
+
+
+def test_a_recipe_bounds_the_drift_of_sessions(looped, spoken) -> None:
+    """In the version of the format that has it; other bundles stay readable by older versions."""
+    assert (looped.manifest.max_drift, looped.manifest.format_version) == (0.25, 4)
+    assert read_manifest(looped.path) == looped.manifest
+    assert (spoken.manifest.max_drift, spoken.manifest.format_version) == (None, 1)
+
+
+@pytest.mark.parametrize("bound", [-0.1, float("inf"), float("nan")])
+def test_a_drift_that_bounds_nothing_is_refused(bound) -> None:
+    with pytest.raises(UsageError, match="bounds nothing"):
+        ExportOptions(max_drift=bound)
 
 
 def test_stepped_graphs_share_one_file_with_the_unrolled_one(looped) -> None:

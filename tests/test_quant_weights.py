@@ -14,7 +14,8 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmu
 from tiny_decoder import decoder
 
 from edgert.errors import UsageError
-from edgert.export.accuracy import Tally, divergence
+from edgert.evaluate import divergence
+from edgert.export.accuracy import Tally
 from edgert.export.calibration import moments
 from edgert.export.methods import METHODS
 from edgert.export.nbits import METHODS as NAMES

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import click
 import pytest
-from tiny_decoder import speaking
 from wheels import ROOT
 
 import edgert
 from edgert.cli import cli, main
 from edgert.errors import EdgertError
-from edgert.export.write import ExportOptions, export_bundle
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "export").glob("*.md")])
 
@@ -81,13 +79,6 @@ def test_every_recipe_that_is_named_is_there(typed) -> None:
 
 
 PUZZLES, PAUSED = "puzzles.txt", "puzzles.session"
-
-
-@pytest.fixture(scope="module")
-def ladder_bundle(tmp_path_factory) -> Path:
-    """The tiny bundle's model in every precision."""
-    out = tmp_path_factory.mktemp("bundles") / "ladder"
-    return export_bundle(speaking(), out, ExportOptions("fp32,int8,int4", ("ort",))).path
 
 
 @pytest.fixture(scope="module")

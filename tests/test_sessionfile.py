@@ -9,7 +9,7 @@ import re
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from edgert.session import Session
 from edgert.sessionfile import (
     MAX_DATA_BYTES,
     MAX_DATA_DEPTH,
+    MAX_MOVES,
     BundleHint,
+    Move,
     Request,
     SavedSession,
     read_session,
@@ -76,6 +78,10 @@ SAVED = SavedSession(
     forks=3,
     place={"backend": "fake", "threads": "2"},
     data=DATA,
+    moves=(
+        Move("int4-ort", "ef" * 32, "carried", 3, 0.25, 0.0, True, "2026-01-01T00:00:00Z"),
+        Move("int8-ort", "ab" * 32, "recomputed", 4, None, None, None, "2026-01-02T00:00:00Z"),
+    ),
     written_by="edgert 0.0.1",
     created="2026-01-02T03:04:05Z",
 )
@@ -153,12 +159,13 @@ def test_a_session_without_anything_comes_back(tmp_path):
         pending=None,
         request=None,
         data={},
+        moves=(),
         place={},
         bundle=replace(SAVED.bundle, path=None, relative=None),
     )
     write_session(tmp_path / "s", bare)
     back = read_session(tmp_path / "s")
-    assert (back.pending, back.request, back.data) == (None, None, {})
+    assert (back.pending, back.request, back.data, back.moves) == (None, None, {}, ())
     assert back.bundle == bare.bundle
 
 
@@ -169,6 +176,18 @@ def test_what_came_later_is_written_only_where_it_says_something(tmp_path):
     assert b"specul" not in data
     assert b"halt" not in data
     assert read_session(tmp_path / "s").record == Record.START
+
+
+def test_a_session_that_never_moved_says_nothing_of_it(tmp_path):
+    """So that versions which know no moves read it."""
+    assert b'\\"moves\\"' in file_of(SAVED, tmp_path / "s")
+    assert b"moves" not in file_of(replace(SAVED, moves=()), tmp_path / "s")
+
+
+def test_only_the_newest_moves_are_kept(tmp_path):
+    moves = tuple(replace(SAVED.moves[0], tokens=i) for i in range(MAX_MOVES + 3))
+    write_session(tmp_path / "s", replace(SAVED, moves=moves))
+    assert read_session(tmp_path / "s").moves == moves[3:]
 
 
 def test_the_same_session_is_the_same_file(tmp_path):
@@ -272,6 +291,10 @@ def _nested(depth: int) -> Any:
     return value
 
 
+def _moved(**changes: Any) -> dict[str, Any]:
+    return asdict(SAVED.moves[0]) | changes
+
+
 PARAMS = ("request", "params")
 SENSELESS = {
     "no such key": (_set("extra", to=1), "session.extra is unknown"),
@@ -310,6 +333,14 @@ SENSELESS = {
     "end of 2^40": (_set("request", "end", to=2**40), "request.end cannot be"),
     "reason unknown": (_set("request", "finish_reason", to="tired"), "finish_reason cannot be 't"),
     "reason that is a list": (_set("request", "finish_reason", to=[]), "finish_reason cannot be"),
+    "moves of text": (_set("moves", to="x"), "session.moves cannot be 'x'"),
+    "no moves": (_set("moves", to=[]), "session.moves cannot be"),
+    "17 moves": (_set("moves", to=[{}] * 17), "session.moves cannot be"),
+    "a move of text": (_set("moves", to=["x"]), "moves is not an object"),
+    "a move by magic": (_set("moves", to=[_moved(how="magic")]), "moves.how cannot be 'magic'"),
+    "a move's KL below 0": (_set("moves", to=[_moved(kl=-0.5)]), "moves.kl cannot be -0.5"),
+    "a KL of 400 digits": (_set("moves", to=[_moved(kl=10**400)]), "moves.kl cannot be 1000"),
+    "a move's id": (_set("moves", to=[_moved(variant_id="x")]), "moves.variant_id cannot be 'x'"),
     "setting unknown": (_set(*PARAMS, "warmth", to=1), "not the settings of this version"),
     "setting missing": (_without(*PARAMS, "top_k"), "not the settings of this version"),
     "no seed": (_set(*PARAMS, "seed", to=None), "not the settings of this version"),

@@ -24,7 +24,7 @@ class Edgert:
         )
 
     def generate(self, ids: list[int], count: int, arrived: Arrived) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, speculate="off")
         with self.model.session() as session:
             for piece in session.stream(ids, params):
                 assert piece.token is not None

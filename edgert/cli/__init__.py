@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import click
 
-from edgert.cli import halt, health, make, measure, sessions, solve, talk, train, use
+from edgert.cli import halt, health, make, measure, migrate, sessions, solve, talk, train, use
 from edgert.errors import EdgertError, OutOfMemory, UsageError
 
 INTERRUPTED = 130
@@ -50,6 +50,7 @@ for command in (
     talk.chat,
     solve.solve,
     sessions.session,
+    migrate.migrate,
     use.inspect,
     use.verify,
     measure.bench,

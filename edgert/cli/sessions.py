@@ -77,7 +77,15 @@ def _lines(facts: dict[str, Any]) -> tuple[str, dict[str, str]]:
         "state": f"{facts['n_states']} states, {size(facts['state_bytes'])}, room for "
         f"{facts['capacity']} tokens",
         "data": ", ".join(facts["data"]) or "none",
+        **({"moved": _move(facts["moves"][-1])} if facts["moves"] else {}),
     }
+
+
+def _move(move: dict[str, Any]) -> str:
+    from edgert.cli.migrate import drift
+
+    apart = drift(move["max_abs"], move["kl"], move["top1"])
+    return f"at {move['tokens']} tokens, from {move['variant']}, state {move['how']}: {apart}"
 
 
 def _solving_lines(facts: dict[str, Any]) -> tuple[str, dict[str, str]]:
@@ -145,6 +153,7 @@ def _facts(saved: SavedSession) -> dict[str, Any]:
             "finish_reason": request.finish_reason,
         },
         "data": saved.data,
+        "moves": [asdict(move) for move in saved.moves],
     }
 
 

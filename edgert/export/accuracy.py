@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edgert.backends import open_backend
 from edgert.bundle import Bundle
-from edgert.evaluate import cross_entropy
+from edgert.evaluate import cross_entropy, divergence
 from edgert.export.quantize import Quantizer
 from edgert.models.importers import Imported
 from edgert.models.program import Program
@@ -137,18 +137,6 @@ class Tally:
             ratio=ratio,
             ratio_error=float(ratio * difference.std() / math.sqrt(len(difference))),
         )
-
-
-def divergence(want: Logits, got: Logits) -> NDArray[np.float64]:
-    """KL(softmax(want) || softmax(got)) per row of [T, V], in nats."""
-    p, q = _log_softmax(want), _log_softmax(got)
-    found: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
-    return found
-
-
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def measure(

@@ -27,7 +27,7 @@ _KEYS = {
         *("package", "install", "path", "context", "tokenizer", "random_seed"),
         *("task", "dataset", "settings"),
     },
-    "export": {"precision", "kv", "lowerings", "unrolled", *SCHEMES},
+    "export": {"precision", "kv", "lowerings", "unrolled", "max_drift", *SCHEMES},
 }
 _TYPES: dict[str, type] = {
     "format_version": int,
@@ -35,6 +35,7 @@ _TYPES: dict[str, type] = {
     "random_seed": int,
     "lowerings": list,
     "unrolled": bool,
+    "max_drift": float,
     "settings": dict,
     **dict.fromkeys(SCHEMES, dict),
 }
@@ -161,6 +162,7 @@ def _options(table: dict[str, Any], path: Path) -> ExportOptions:
             unrolled=export.get("unrolled", False),
             task=table.get("source", {}).get("task"),
             schemes={name: export[name] for name in SCHEMES if name in export},
+            max_drift=export.get("max_drift"),
         )
     except UsageError as error:
         what = error.what[:MAX_LINE]  # may quote the recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +52,8 @@ class ExportOptions:
     schemes    by precision, what is to differ from its usual scheme
     unrolled   add variants with a loop unrolled in one graph
     task       what the puzzles of a model that solves are, instead of what its source says
+    max_drift  bounds what `edgert migrate` may change at a session's next token, in nats of KL
+               (None: the runtime's own bound)
     """
 
     precision: str = "fp32"
@@ -61,6 +64,7 @@ class ExportOptions:
     unrolled: bool = False
     task: str | None = None
     schemes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    max_drift: float | None = None
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -96,6 +100,10 @@ class ExportOptions:
                     f"lowering {lowering!r} cannot be exported",
                     do=f"choose from: {', '.join(DEFAULT_LOWERINGS)}",
                 )
+        if self.max_drift is not None and not 0 <= self.max_drift < math.inf:
+            raise UsageError(
+                f"max_drift = {self.max_drift:g} bounds nothing", do="give nats from 0 on"
+            )
         if not self.lowerings:
             raise UsageError("no lowering was asked for", do="choose ort, portable or both")
         if self.name is not None and not SLUG.fullmatch(self.name):
@@ -283,9 +291,10 @@ def _manifest(
         provenance=source.provenance
         | {"exporter": f"edgert {__version__}", "torch": torch.__version__.split("+")[0]},
         requires={"onnxruntime": _onnxruntime(options)},
-        format_version=_version(program, variants),
+        format_version=_version(program, variants, options),
         task=source.task,
         tables=tables,
+        max_drift=options.max_drift,
     )
 
 
@@ -297,9 +306,9 @@ def _onnxruntime(options: ExportOptions) -> str:
     return int8 if options.kvs == ("int8",) else f"{plain}, {int8} for keys and values in int8"
 
 
-def _version(program: Program, variants: Mapping[str, VariantSpec]) -> int:
-    """The oldest format that has what the program and its variants need."""
-    if any(variant.state_dtypes for variant in variants.values()):
+def _version(program: Program, variants: Mapping[str, VariantSpec], options: ExportOptions) -> int:
+    """The oldest format that has what the program, its variants and its bounds need."""
+    if options.max_drift is not None or any(v.state_dtypes for v in variants.values()):
         return 4
     loop = program.parts.loop
     return 1 if loop is None else 2 if program.states else 3

@@ -208,7 +208,7 @@ def _sealed(data: bytes) -> bytes:
 def _sessions(folder: Path) -> tuple[bytes, st.SearchStrategy[bytes], int]:
     """A sound session file, changed ones whose seal fits, and the bytes of its header."""
     from edgert.sampler import SamplingParams
-    from edgert.sessionfile import BundleHint, Request, SavedSession, write_session
+    from edgert.sessionfile import BundleHint, Move, Request, SavedSession, write_session
 
     saved = SavedSession(
         bundle=BundleHint("tiny", "ab" * 32, "fp32-ort", "cd" * 32, "/b/tiny", "../tiny"),
@@ -226,6 +226,7 @@ def _sessions(folder: Path) -> tuple[bytes, st.SearchStrategy[bytes], int]:
         stream=1,
         place={"backend": "onnxruntime"},
         data={"room": [1, "a"]},
+        moves=(Move("int4-ort", "ef" * 32, "carried", 3, 0.5, 0.1, True, "2026-01-01"),),
         written_by="edgert",
         created="2026-01-01T00:00:00Z",
     )

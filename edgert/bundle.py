@@ -115,7 +115,7 @@ def variant_id(manifest: Manifest, name: str) -> str:
             },
             "states": [  # a list: their order is part of a session's layout
                 [state, {**asdict(spec), "init": _init(manifest, spec.init)}]
-                for state, spec in manifest.states.items()
+                for state, spec in manifest.of(name).states.items()
             ],
         }
     )

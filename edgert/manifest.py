@@ -47,7 +47,7 @@ HEX = re.compile(r"[0-9a-f]{64}")
 KINDS = ("input", "loop", "state", "value", "signal", "result")
 MAX_ITERATIONS = 1024
 
-SINCE = {"loop": 2, "halt": 3, "task": 3, "tables": 3}
+SINCE = {"loop": 2, "halt": 3, "task": 3, "tables": 3, "append_dtype": 4}
 """Keys that the first version of the format did not have, and the one that has them."""
 
 _T = TypeVar("_T")
@@ -346,7 +346,7 @@ class _Reader:
         )
 
     def variant(self, path: str, value: object) -> VariantSpec:
-        got = self.record(path, value, _keys(VariantSpec))
+        got = self.record(path, value, _keys(VariantSpec, self.version))
         return VariantSpec(
             precision=self.match(f"{path}.precision", got["precision"], SLUG, "a precision"),
             lowering=self.choice(f"{path}.lowering", got["lowering"], LOWERINGS),
@@ -360,6 +360,11 @@ class _Reader:
             ),
             graphs=self.table(f"{path}.graphs", got["graphs"], IDENTIFIER, 3, self.graph, least=1),
             variant_id=self.match(f"{path}.variant_id", got["variant_id"], HEX, "a SHA-256"),
+            append_dtype=self.optional(
+                f"{path}.append_dtype",
+                got.get("append_dtype"),
+                lambda at, dtype: self.choice(at, dtype, DTYPES),
+            ),
         )
 
     def program(self, path: str, value: object) -> ProgramSpec:

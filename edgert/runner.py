@@ -64,7 +64,7 @@ class Runner:
     """One variant of a bundle, loaded. Raises UnsupportedModel if it is for no loop of ours."""
 
     def __init__(self, bundle: Bundle, variant: str, backend: Backend) -> None:
-        manifest = bundle.manifest
+        manifest = bundle.manifest.of(variant)
         check_program(manifest, str(bundle.root))
         self.closed = False
         self.manifest = manifest

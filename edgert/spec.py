@@ -17,12 +17,13 @@ Endpoints name what a graph is wired to, as `<kind>.<name>`:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest that is read. Each bundle states the oldest that has what it needs: 2 has loops, 3
-has models that refine an answer until they are done with it."""
+has models that refine an answer until they are done with it, 4 has variants whose keys and values
+are of fewer bits."""
 
 DTYPES = ("float32", "float16", "int64", "int32", "int8", "uint8", "bool")
 StateKind = Literal["append", "carry", "ring", "counter"]
@@ -101,6 +102,8 @@ class VariantSpec:
     """The same program in one precision and one lowering.
 
     Where a program has a loop, a variant with the epilogue alone has all of it unrolled in there.
+
+    append_dtype  of its append states, where that is not the declared one
     """
 
     precision: str
@@ -108,6 +111,7 @@ class VariantSpec:
     opsets: dict[str, int]
     graphs: dict[str, GraphSpec]
     variant_id: str = ""
+    append_dtype: str | None = None
 
 
 Fill = Literal["copy", "none"]
@@ -217,6 +221,17 @@ class Manifest:
         graphs = self.variants[variant].graphs.values()
         names = {name for graph in graphs for name in (graph.file, *graph.data)}
         return sum(entry.bytes for name, entry in self.files.items() if name in names)
+
+    def of(self, variant: str) -> Manifest:
+        """The same manifest, its append states in the dtype that a variant keeps them in."""
+        dtype = self.variants[variant].append_dtype
+        if dtype is None:
+            return self
+        states = {
+            name: replace(spec, dtype=dtype) if spec.kind == "append" else spec
+            for name, spec in self.states.items()
+        }
+        return replace(self, states=states)
 
     def parts(self, variant: str) -> dict[str, str | None]:
         """Part -> graph, as the variant has them: all in the epilogue, if it is unrolled."""

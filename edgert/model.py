@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgert.backends import lowerings, open_backend
+from edgert.beside import Beside
 from edgert.bundle import Bundle
 from edgert.chat import MAX_TEMPLATE, encode_chat
 from edgert.errors import BadBundle, BadTokenizer, Incompatible, OutOfMemory, UsageError
@@ -43,14 +44,14 @@ class Model:
     Make it with `edgert.load`; close it, or use it as a context manager.
     """
 
-    def __init__(self, bundle: Bundle, runner: Runner) -> None:
+    def __init__(
+        self, bundle: Bundle, runner: Runner, tokenizer: Beside[Tokenizer | None] | None = None
+    ) -> None:
+        """`tokenizer`: the bundle's, where its reading has begun already."""
         self.bundle = bundle
         self.runner = runner
         self.manifest: Manifest = bundle.manifest
-        spec = self.manifest.tokenizer
-        self.tokenizer: Tokenizer | None = None
-        if spec is not None:
-            self.tokenizer = load_tokenizer(spec, bundle.path(spec.file) if spec.file else None)
+        self.tokenizer = (tokenizer or tokenizer_beside(bundle)).result()
         self.tables = open_tables(bundle)
 
     @property
@@ -330,11 +331,25 @@ def load(
     bundle = Bundle.open(Path(path), True if verify else "stamp", progress)
     chosen = choose_variant(bundle.manifest, device, precision, lowering, variant)
     backend = open_backend(device, threads=threads, prepack=prepack)
+    tokenizer = tokenizer_beside(bundle)
     try:
-        return Model(bundle, Runner(bundle, chosen, backend))
+        return Model(bundle, Runner(bundle, chosen, backend), tokenizer)
     except BaseException:
         backend.close()
         raise
+
+
+def tokenizer_beside(bundle: Bundle) -> Beside[Tokenizer | None]:
+    """A bundle's tokenizer, read while its graphs are loaded: both take long, and ONNX Runtime
+    packs weights on one core and without Python's lock."""
+
+    def read() -> Tokenizer | None:
+        spec = bundle.manifest.tokenizer
+        if spec is None:
+            return None
+        return load_tokenizer(spec, bundle.path(spec.file) if spec.file else None)
+
+    return Beside(read)
 
 
 def choose_variant(

@@ -38,7 +38,8 @@ def cold_start(
     """Milliseconds of each stage, and the first token itself.
 
     import       Python's own start, edgert, numpy, and the library that runs the graphs
-    load         verify (bundle checks; hashes by stamp if there is one) + graphs + tokenizer
+    load         verify (bundle checks; hashes by stamp if there is one) + graphs + tokenizer,
+                 which is read beside the graphs: what it takes longer than they do
     first_token  from the prompt handed over, nothing warmed up
     Raises EdgertError with what the process said if it failed.
     """
@@ -105,7 +106,7 @@ def child() -> None:
     job = json.load(sys.stdin)
     from edgert.backends import open_backend
     from edgert.bundle import Bundle
-    from edgert.model import Model
+    from edgert.model import Model, tokenizer_beside
     from edgert.runner import Runner
     from edgert.sampler import SamplingParams
 
@@ -117,9 +118,10 @@ def child() -> None:
 
     bundle = Bundle.open(job["bundle"], "stamp", hashed)
     stamps["verify"] = time.monotonic_ns()
+    tokenizer = tokenizer_beside(bundle)
     runner = Runner(bundle, job["variant"], backend)
     stamps["graphs"] = time.monotonic_ns()
-    model = Model(bundle, runner)
+    model = Model(bundle, runner, tokenizer)
     stamps["tokenizer"] = time.monotonic_ns()
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     piece = next(model.session().stream(job["prompt"], params))

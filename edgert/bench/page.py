@@ -155,7 +155,7 @@ def _start(r: Mapping[str, Any]) -> list[str]:
     stages = ("import", "verify", "graphs", "tokenizer", "first_token")
     text = (
         f"{cold['total']:.0f} ms, the median of {cold['starts']} starts: {cold['cache_state']}. "
-        "Load is verify + graphs + tokenizer."
+        "Load is verify + graphs + tokenizer, which is read beside the graphs."
     )
     values = {stage.replace("_", " "): cold[stage] for stage in stages}
     return [_section("From process start to the first token", text, _parts(values, "cold start"))]

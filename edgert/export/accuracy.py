@@ -184,6 +184,7 @@ def report(
         variants[name] = {
             "variant_id": variant.variant_id,
             "scheme": asdict(quantizers[variant.precision].scheme),
+            "mixed": quantizers[variant.precision].mixed,
             **asdict(accuracy),
             "budget": BUDGET[variant.precision],
             "within_budget": accuracy.ratio <= BUDGET[variant.precision],

@@ -13,14 +13,19 @@ from torch.overrides import TorchFunctionMode
 from edgert.export.methods import Moments
 
 
-class _Watch(TorchFunctionMode):
-    """Sees every product of an activation with a parameter, whoever computes it."""
+class Watch(TorchFunctionMode):
+    """Sees every product of an activation with a parameter, whoever computes it.
+
+    maps  names of parameters [K, N] that inputs [.., K] were multiplied with; not the heads, [N, K]
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
-        self.names = {id(p): name for name, p in module.named_parameters() if p.ndim == 2}
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.maps: dict[str, None] = {}  # a set in the order of the calls
+        self._names = {id(p): name for name, p in module.named_parameters() if p.ndim == 2}
+
+    def called(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """One product: inputs [.., K], outputs [.., N]."""
 
     def __torch_function__(
         self,
@@ -29,17 +34,30 @@ class _Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        found = func(*args, **(kwargs or {}))
         if func in _PRODUCTS and len(args) >= 2:
-            name = self.names.get(id(args[1]))
+            name = self._names.get(id(args[1]))
             if name is not None:
-                rows = args[0].detach().flatten(0, -2)
-                moments = (rows.T @ rows).double()
-                self.sums[name] = self.sums[name] + moments if name in self.sums else moments
-                self.counts[name] = self.counts.get(name, 0) + len(rows)
-        return func(*args, **(kwargs or {}))
+                if func is not torch.nn.functional.linear:
+                    self.maps[name] = None
+                self.called(name, args[0], found)
+        return found
 
 
 _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul, torch.nn.functional.linear)
+
+
+class _Moments(Watch):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module)
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def called(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        rows = inputs.detach().flatten(0, -2)
+        moments = (rows.T @ rows).double()
+        self.sums[name] = self.sums[name] + moments if name in self.sums else moments
+        self.counts[name] = self.counts.get(name, 0) + len(rows)
 
 
 def moments(
@@ -51,7 +69,7 @@ def moments(
 
     Parameters that are only looked up in, such as an embedding without a tied head, have none.
     """
-    watch = _Watch(module)
+    watch = _Moments(module)
     for ids in windows:
         with torch.no_grad(), watch:
             run(ids)

@@ -25,7 +25,8 @@ from edgert.backends import open_backend
 from edgert.bundle import Bundle
 from edgert.export.check_solving import solving
 from edgert.export.comparison import ROUNDED, TOLERANCE, Check, Checks, Comparison, Verdict
-from edgert.export.quantize import Quantizer, exact_twin
+from edgert.export.quantize import Quantizer
+from edgert.export.twin import in_float32, twin
 from edgert.models.program import Program, Reference
 from edgert.progress import Reporter
 from edgert.runner import Execution, Runner
@@ -146,8 +147,8 @@ def check_bundle(
             gate, inputs = _decoding(program) if program.reference else solving(program, SEED)
         for name in [n for n, v in variants.items() if v.precision == precision]:
             if quantizer and quantizer.scheme.accuracy_level:
-                with exact_twin(bundle, name) as twin:
-                    checks += _check(twin, name, gate, TOLERANCE[precision], "float32", reporter)
+                with twin(bundle, name, in_float32) as exact:
+                    checks += _check(exact, name, gate, TOLERANCE[precision], "float32", reporter)
                 checks += _check(bundle, name, gate, ROUNDED, "int8", reporter)
             else:
                 checks += _check(bundle, name, gate, TOLERANCE[precision], "float32", reporter)

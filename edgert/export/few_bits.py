@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -12,10 +12,12 @@ from edgert.bundle import Bundle
 from edgert.errors import UnsupportedModel
 from edgert.export import accuracy
 from edgert.export.calibration import moments
+from edgert.export.methods import Moments
+from edgert.export.mixed import widen
 from edgert.export.nbits import CALIBRATED, Scheme
 from edgert.export.quantize import Quantizer
 from edgert.models.importers import Imported
-from edgert.models.program import Program
+from edgert.models.program import Program, Scorer
 from edgert.progress import Reporter
 
 
@@ -40,8 +42,9 @@ def quantizers_of(
         raise UnsupportedModel(
             f"{wanted} needs the lowering ort: {why}", do="export with --precision fp32"
         )
-    seen = {}
-    if any(scheme.method in CALIBRATED for scheme in schemes.values()):
+    seen: dict[str, Moments] = {}
+    windows: list[accuracy.Ids] = []
+    if any(scheme.method in CALIBRATED or scheme.mixed for scheme in schemes.values()):
         tokenizer = accuracy.tokenizer_of(source)
         if tokenizer is None:
             reporter.line("note", "no tokenizer, so no calibration text: scales by search")
@@ -55,7 +58,36 @@ def quantizers_of(
                     advance(1)
 
                 seen = moments(program.weights, run, windows)
-    return {name: Quantizer(program.weights, scheme, seen) for name, scheme in schemes.items()}
+    made = {name: Quantizer(program.weights, scheme, seen) for name, scheme in schemes.items()}
+    for precision, quantizer in made.items():
+        if quantizer.scheme.mixed and windows:
+            _mix(precision, quantizer, program, windows, reporter)
+    return made
+
+
+def _mix(
+    precision: str,
+    quantizer: Quantizer,
+    program: Program,
+    windows: Sequence[accuracy.Ids],
+    reporter: Reporter,
+) -> None:
+    """Let the linear maps that cost most have 8 bits, until the precision's budget holds."""
+    model = cast(Scorer, program.weights)
+
+    def run(ids: accuracy.Ids) -> torch.Tensor:
+        return model(torch.from_numpy(ids[None]), model.eager(len(ids)))[0]
+
+    with reporter.stage("rounding", f"calibration text to {precision}"):
+        found = widen(quantizer, run, windows, accuracy.BUDGET[precision])
+    quantizer.mixed = found
+    if found["names"]:
+        reporter.line(
+            "mixed",
+            f"{precision}: {len(found['names'])} of {found['maps']} linear maps keep 8 bits, "
+            f"perplexity ratio {found['narrow_ratio']:.4f} to {found['ratio']:.4f} on "
+            "calibration text",
+        )
 
 
 def accuracy_of(

@@ -35,6 +35,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "symmetric": (True, False),
     "accuracy_level": LEVELS,
     "method": METHODS,
+    "mixed": (True, False),
 }
 
 Floats = NDArray[np.float32]
@@ -50,6 +51,7 @@ class Scheme:
     symmetric       the zero point is the middle of the codes, and not stored
     accuracy_level  of MatMulNBits: 0 computes in float32, 4 with activations rounded to int8
     method          how codes and scales are found: see methods.py
+    mixed           linear maps that cost too much in 4 bits have 8: see mixed.py
 
     Raises UsageError for what no operator or method takes.
     """
@@ -60,6 +62,7 @@ class Scheme:
     accuracy_level: int = 4
     method: str = "plain"
     head: int = 4
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():
@@ -137,7 +140,7 @@ def packed(codes: Codes, bits: int) -> Codes:
 
 SCHEMES = {
     "int8": Scheme(8, block=32, method="gptq", head=8),
-    "int4": Scheme(4, block=32, method="gptq", head=8),
+    "int4": Scheme(4, block=32, method="gptq", head=8, mixed=True),
 }
 """What a precision stands for, unless a recipe says otherwise. Figures: docs/precision.md."""
 

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from edgert.bundle import Bundle
 from edgert.export.methods import METHODS, Moments
-from edgert.export.nbits import CALIBRATED, Quantized, Scheme
+from edgert.export.nbits import CALIBRATED, Floats, Quantized, Scheme
 
 LEAST = 4096
 """Elements of the smallest matrix that is worth it."""
@@ -37,17 +35,40 @@ class Quantizer:
 
     moments  by parameter, what methods that calibrate go by; a weight without any is `search`ed
     made     by parameter: whether the module keeps it [K, N], and its codes
+    wide     parameters that have 8 bits, whatever the scheme says
+    mixed    how those were chosen: see mixed.py
     """
+
+    mixed: dict[str, Any] | None = None
 
     def __init__(
         self, module: torch.nn.Module, scheme: Scheme, moments: Mapping[str, Moments] | None = None
     ) -> None:
         self.module, self.scheme, self.moments = module, scheme, moments or {}
         self.made: dict[str, tuple[bool, Quantized]] = {}
+        self.wide: frozenset[str] = frozenset()
+        self._codes: dict[tuple[str, int], Quantized] = {}
         self._names: dict[bytes, str] = {}
         for name, parameter in module.named_parameters():
             if parameter.ndim == 2 and parameter.numel() >= LEAST:
                 self._names.setdefault(_digest(parameter.detach().numpy()), name)
+
+    def prepare(self, maps: Iterable[str]) -> None:
+        """Round linear maps [K, N] before a graph asks for them."""
+        for name in maps:
+            if self.module.get_parameter(name).numel() >= LEAST:
+                self._quantized(name, transposed=True)
+
+    def widen(self, names: Iterable[str]) -> None:
+        """Have 8 bits for these linear maps, and for these alone."""
+        self.wide = frozenset(names)
+        for name, (transposed, _) in list(self.made.items()):
+            self._quantized(name, transposed)
+
+    def change(self, name: str) -> Floats:
+        """What rounding adds to a weight: [N, K]."""
+        transposed, quantized = self.made[name]
+        return quantized.values() - self._weight(name, transposed)
 
     def rewrite(self, model: ir.Model) -> None:
         """Replace what can be replaced in a traced graph."""
@@ -102,41 +123,26 @@ class Quantizer:
             return None
         return self._names.get(_digest(tensor.numpy()))
 
+    def _weight(self, name: str, transposed: bool) -> Floats:
+        """A parameter as [N, K]."""
+        weight = self.module.get_parameter(name).detach().numpy()
+        return np.ascontiguousarray(weight.T if transposed else weight)
+
     def _quantized(self, name: str, transposed: bool) -> Quantized | None:
         """None if no block divides the inputs."""
-        if name not in self.made:
-            weight = self.module.get_parameter(name).detach().numpy()
-            weight = np.ascontiguousarray(weight.T if transposed else weight)
-            if not self.scheme.block_of(weight.shape[1]):
-                return None
-            moments, scheme = self.moments.get(name), self.scheme
-            method = scheme.method
-            if not transposed:
-                scheme = replace(scheme, bits=scheme.head)
-            if method in CALIBRATED and (moments is None or not transposed):
-                method = "search"  # rows that are looked up have no inputs to calibrate by
-            self.made[name] = transposed, METHODS[method](weight, scheme, moments)
+        bits = self.scheme.head if not transposed else 8 if name in self.wide else self.scheme.bits
+        if name not in self.made or self.made[name][1].bits != bits:
+            if (name, bits) not in self._codes:
+                weight = self._weight(name, transposed)
+                if not self.scheme.block_of(weight.shape[1]):
+                    return None
+                moments, method = self.moments.get(name), self.scheme.method
+                if method in CALIBRATED and (moments is None or not transposed):
+                    method = "search"  # rows that are looked up have no inputs to calibrate by
+                scheme = replace(self.scheme, bits=bits)
+                self._codes[name, bits] = METHODS[method](weight, scheme, moments)
+            self.made[name] = transposed, self._codes[name, bits]
         return self.made[name][1]
-
-
-@contextlib.contextmanager
-def exact_twin(bundle: Bundle, variant: str) -> Iterator[Bundle]:
-    """Meanwhile there is a bundle of this variant that computes with activations in float32: the
-    same graphs over the same weights, but for that attribute."""
-    with tempfile.TemporaryDirectory(dir=bundle.root) as folder:
-        root = Path(folder)
-        graphs = bundle.manifest.variants[variant].graphs.values()
-        for file in dict.fromkeys(f for graph in graphs for f in (graph.file, *graph.data)):
-            (root / file).parent.mkdir(parents=True, exist_ok=True)
-            if file.endswith(".onnx"):
-                model = ir.load(bundle.path(file))
-                for node in model.graph:
-                    if node.op_type == "MatMulNBits":
-                        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-                ir.save(model, root / file)
-            else:
-                (root / file).hardlink_to(bundle.path(file))
-        yield Bundle(root, bundle.manifest)
 
 
 def _kind(node: ir.Node) -> str | None:

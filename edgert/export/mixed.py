@@ -1,0 +1,141 @@
+"""Which linear maps keep 8 bits, where 4 bits for all of them cost more than a precision may.
+
+harm    of rounding a map W to W': the mean over tokens of (g^T (W' - W) x)^2 / 2, where x is its
+        input and g the gradient, at its output, of the loss of a token drawn from the model's
+        own prediction. That is the second-order growth of the divergence from the unrounded
+        model, since the Fisher information is the Hessian of it (as in arXiv 1911.03852).
+order   by harm for each byte that 8 bits would add: the worst first
+how many  as few as hold the budget on calibration text, found by halving
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgert.evaluate import cross_entropy
+from edgert.export.calibration import Watch
+from edgert.export.quantize import Quantizer
+
+Ids = NDArray[np.int64]
+Run = Callable[[Ids], torch.Tensor]
+"""Ids [T] -> logits [T, V], in eager torch."""
+
+MARGIN = 0.8
+"""Of what the budget allows: the text it is held on is another one."""
+
+WINDOWS = 2
+"""Windows of text whose tokens' gradients rank the maps: order needs less than size."""
+
+
+class _Products(Watch):
+    """Keeps inputs and outputs of every linear map, by parameter, in the order of the calls."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__(module)
+        self.seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def called(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        if outputs.requires_grad:
+            outputs.retain_grad()
+        else:
+            outputs.requires_grad_()  # the first one: parameters ask for no gradients meanwhile
+        self.seen.setdefault(name, []).append((inputs.detach(), outputs))
+
+
+def harms(quantizer: Quantizer, run: Run, windows: Iterable[Ids]) -> dict[str, float]:
+    """Harm of each linear map [K, N] that the quantizer rounds, by parameter."""
+    totals: dict[str, float] = {}
+    tokens = 0
+    generator = torch.Generator().manual_seed(0)
+    with _frozen(quantizer.module):
+        for ids in windows:
+            watch = _Products(quantizer.module)
+            with torch.enable_grad(), watch:
+                logits = run(ids)
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            tokens += len(ids)
+            for name in watch.maps:
+                if name in quantizer.made:
+                    change = torch.from_numpy(quantizer.change(name))  # [N, K]
+                    moved = torch.stack([_moved(change, *call) for call in watch.seen[name]]).sum(0)
+                    totals[name] = totals.get(name, 0.0) + float((moved * moved).sum()) / 2
+    return {name: total / tokens for name, total in totals.items()}
+
+
+def _moved(change: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """What a change of a map moves each token's loss by, to first order: [tokens]."""
+    assert outputs.grad is not None
+    return ((inputs.flatten(0, -2) @ change.T) * outputs.grad.flatten(0, -2)).sum(-1)
+
+
+@contextlib.contextmanager
+def _frozen(module: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile parameters take no gradients: only activations are asked for theirs."""
+    taking = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in taking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in taking:
+            parameter.requires_grad_(True)
+
+
+def widen(
+    quantizer: Quantizer,
+    run: Run,
+    windows: Sequence[Ids],
+    budget: float,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> dict[str, Any]:
+    """Give 8 bits to as few linear maps as hold the budget, a perplexity ratio, on the windows.
+
+    Returns what was found: the ratio with none and with those that were chosen, and their names.
+    All maps get them if even that does not hold it.
+    """
+    watch = Watch(quantizer.module)
+    with torch.no_grad(), watch:
+        run(windows[0])
+    quantizer.prepare(watch.maps)
+    with torch.no_grad():
+        truth = [cross_entropy(run(ids).numpy()[:-1], ids[1:]) for ids in windows]
+
+    def ratio() -> float:
+        with quantizer.applied(), torch.no_grad():
+            found = [cross_entropy(run(ids).numpy()[:-1], ids[1:]) for ids in windows]
+        advance(1)
+        return math.exp((np.concatenate(found) - np.concatenate(truth)).mean())
+
+    goal = 1 + MARGIN * (budget - 1)
+    narrow = ratio()
+    if narrow <= goal:
+        return {"narrow_ratio": narrow, "ratio": narrow, "maps": len(watch.maps), "names": []}
+    order = _worst_first(harms(quantizer, run, windows[:WINDOWS]), quantizer)
+    few, many, reached = 0, len(order), math.nan
+    while few < many:
+        middle = (few + many) // 2
+        quantizer.widen(order[:middle])
+        if (found := ratio()) <= goal:
+            many, reached = middle, found
+        else:
+            few = middle + 1
+    quantizer.widen(order[:many])
+    return {
+        "narrow_ratio": narrow,
+        "ratio": reached if math.isfinite(reached) else ratio(),
+        "maps": len(order),
+        "names": order[:many],
+    }
+
+
+def _worst_first(harm: Mapping[str, float], quantizer: Quantizer) -> list[str]:
+    """By harm for each weight, which 8 bits would double."""
+    return sorted(harm, key=lambda name: -harm[name] / quantizer.made[name][1].codes.size)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from edgert.backends import open_backend
 from edgert.bundle import Bundle
 from edgert.evaluate import cross_entropy
-from edgert.export.quantize import Quantizer
+from edgert.export.rewriter import Rewriter
 from edgert.models.importers import Imported
 from edgert.models.program import Program
 from edgert.progress import Reporter
@@ -38,7 +38,7 @@ TOKENS, WINDOW = 4096, 512
 CHARACTERS = 200_000
 """Of the text: what is beyond is not read."""
 
-BUDGET = {"int8": 1.005, "int4": 1.03}
+BUDGET = {"fp16": 1.001, "int8": 1.005, "int4": 1.03}
 """Largest perplexity ratio of a precision that is meant to be used."""
 
 Ids: TypeAlias = NDArray[np.int64]
@@ -171,7 +171,7 @@ def measure(
 
 def report(
     bundle: Bundle,
-    quantizers: Mapping[str, Quantizer],
+    rewriters: Mapping[str, Rewriter],
     found: Mapping[str, Accuracy],
     origin: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -183,8 +183,8 @@ def report(
         variant = bundle.manifest.variants[name]
         variants[name] = {
             "variant_id": variant.variant_id,
-            "scheme": asdict(quantizers[variant.precision].scheme),
-            "mixed": quantizers[variant.precision].mixed,
+            "scheme": asdict(rewriters[variant.precision].scheme),
+            "mixed": rewriters[variant.precision].mixed,
             **asdict(accuracy),
             "budget": BUDGET[variant.precision],
             "within_budget": accuracy.ratio <= BUDGET[variant.precision],

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ from edgert.backends import open_backend
 from edgert.bundle import Bundle
 from edgert.export.check_solving import solving
 from edgert.export.comparison import ROUNDED, TOLERANCE, Check, Checks, Comparison, Verdict
-from edgert.export.quantize import Quantizer
-from edgert.export.twin import in_float32, twin
-from edgert.models.program import Program, Reference
+from edgert.export.rewriter import Rewriter
+from edgert.export.twin import twin
+from edgert.models.program import Program, Reference, Scorer, references
 from edgert.progress import Reporter
 from edgert.runner import Execution, Runner
 
@@ -125,14 +126,14 @@ class _Gate:
 def check_bundle(
     root: Path,
     program: Program,
-    quantizers: Mapping[str, Quantizer] | None = None,
+    rewriters: Mapping[str, Rewriter] | None = None,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Run every check on every variant of a bundle.
 
-    quantizers  by precision, of the variants with weights of few bits: eager torch computes with
-                the values of their codes. A variant that rounds activations is run twice: as a twin
-                that does not, against the tight tolerance, and as it is, against `ROUNDED`.
+    rewriters  by precision, of the variants that store other weights than the model's: eager torch
+               computes with theirs. A variant that rounds activations is run twice: as a twin that
+               does not, against the tight tolerance, and as it is, against `ROUNDED`.
     Raises GateFailed at the first difference beyond the tolerance: the state or result, the
     variant, the check, the step, the index and both values.
     """
@@ -142,14 +143,16 @@ def check_bundle(
     inputs: dict[str, int] = {}
     variants = bundle.manifest.variants
     for precision in dict.fromkeys(v.precision for v in variants.values()):
-        quantizer = (quantizers or {}).get(precision)
-        with quantizer.applied() if quantizer else contextlib.nullcontext():
-            gate, inputs = _decoding(program) if program.reference else solving(program, SEED)
+        rewriter = (rewriters or {}).get(precision)
+        with rewriter.applied() if rewriter else contextlib.nullcontext():
+            decodes = program.reference is not None
+            gate, inputs = _decoding(program, rewriter) if decodes else solving(program, SEED)
         for name in [n for n, v in variants.items() if v.precision == precision]:
-            if quantizer and quantizer.scheme.accuracy_level:
-                with twin(bundle, name, in_float32) as exact:
+            if rewriter and rewriter.rounds:
+                with twin(bundle, name, rewriter.exact) as exact:
                     checks += _check(exact, name, gate, TOLERANCE[precision], "float32", reporter)
-                checks += _check(bundle, name, gate, ROUNDED, "int8", reporter)
+                loose = ROUNDED[rewriter.rounds]
+                checks += _check(bundle, name, gate, loose, rewriter.rounds, reporter)
             else:
                 checks += _check(bundle, name, gate, TOLERANCE[precision], "float32", reporter)
     return Verdict(inputs, checks)
@@ -167,7 +170,7 @@ def _check(
     runner = Runner(bundle, variant, backend)
     todo = dict(gate(runner))
     done = []
-    what = f"eager = {variant}" + ", rounding activations" * (activations == "int8")
+    what = f"eager = {variant}" + ", rounding activations" * (activations != "float32")
     with reporter.stage("parity", what, len(todo)) as advance:
         for name, body in todo.items():
             check = Check(variant, name, activations)
@@ -178,13 +181,22 @@ def _check(
     return done
 
 
-def _decoding(program: Program) -> tuple[Callable[[Runner], Checks], dict[str, int]]:
-    """The gate of a decoder: random sequences."""
+def _decoding(
+    program: Program, rewriter: Rewriter | None
+) -> tuple[Callable[[Runner], Checks], dict[str, int]]:
+    """The gate of a decoder: random sequences.
+
+    Where a rewriter is applied, the truth is the module whose weights the graphs store: the same
+    model, with factors folded into its matrices.
+    """
     tokens = min(TOKENS, program.context)
     drawn = torch.Generator().manual_seed(SEED)
     ids = torch.randint(program.vocab_size, (2, tokens), generator=drawn)
     assert program.reference is not None
-    truth = program.reference(ids)
+    if rewriter:
+        truth = references(cast(Scorer, program.weights), ids, program.slots)
+    else:
+        truth = program.reference(ids)
     return (
         lambda runner: _Gate(runner, ids.numpy(), truth).checks(),
         {"seed": SEED, "batch": 2, "tokens": tokens},

@@ -1,7 +1,7 @@
 """Typed fp16: matrix products in float16, everything else in float32, said by the graph itself.
 
-    MatMul, Gemm     take and give float16; so matrices of the model, and keys and values, are stored
-                     in it
+    MatMul, Gemm     take and give float16; so the matrices that they read, those of the vocabulary,
+                     and keys and values are stored in it
     what only moves  Reshape, Transpose, Gather, ScatterND ... keeps what it is given
     all else         float32: norms, softmax, rotation, residual stream, Clifford products, what goes
                      round a loop, halting scores, logits
@@ -18,19 +18,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import tempfile
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from edgert.bundle import Bundle
 from edgert.errors import UnsupportedModel
-from edgert.export.weights import WeightsFile
+from edgert.models.program import Program, TracedGraph
+from edgert.spec import Lowering, endpoint_at
 
 PRODUCTS = frozenset({"MatMul", "Gemm"})
 MOVES = {
@@ -48,61 +47,97 @@ BOTH = (FULL, HALF)
 LARGEST = float(np.finfo(np.float16).max)
 
 
+@dataclass(frozen=True)
+class Typed:
+    """What is computed in which type."""
+
+    products: str = "float16"
+    rest: str = "float32"
+
+    def __str__(self) -> str:
+        return f"products in {self.products}, all else in {self.rest}"
+
+
 class Halver:
-    """Makes graphs typed fp16. `weights` is the module that their matrices come from."""
+    """Makes the graphs of a program typed fp16. `made` are the parameters that they store so."""
 
-    def __init__(self, weights: torch.nn.Module) -> None:
-        self.weights = weights
-        self._matrices: dict[bytes, str] = {}
-        for name, parameter in weights.named_parameters():
-            if parameter.ndim < 2:
-                continue
-            most = float(parameter.detach().abs().max())
-            if not most <= LARGEST:
-                raise UnsupportedModel(
-                    f"fp16: weight {name!r} reaches {most:.3g}, float16 ends at {LARGEST:,.0f}",
-                    do="export with --precision fp32",
-                )
-            self._matrices.setdefault(_digest(parameter.detach().numpy()), name)
+    scheme = Typed()
+    mixed: dict[str, Any] | None = None
+    lowering: Lowering = "portable"
+    append_dtype: str | None = "float16"
+    rounds: str | None = "float16"
 
-    def rewrite(self, model: ir.Model, halves: Collection[str]) -> None:
-        """`halves` are the inputs and outputs of the graph that are float16."""
-        _Rewriter(model.graph, self._is_matrix, halves).run()
+    def __init__(self, program: Program) -> None:
+        self.module = program.weights
+        self._appended = {n for n, spec in program.states.items() if spec.kind == "append"}
+        self._vocabulary = program.vocab_size
+        self._names = {_digest(p): name for name, p in self.module.named_parameters()}
+        self.made: set[str] = set()
 
-    def _is_matrix(self, value: ir.Value) -> bool:
+    def rewrite(self, model: ir.Model, part: TracedGraph) -> None:
+        """Append states become float16; all other inputs and outputs stay as they are.
+
+        Raises UnsupportedModel for a matrix with values that float16 has not.
+        """
+        halves = {
+            port
+            for port, wire in (part.inputs | part.outputs).items()
+            if endpoint_at(wire, 0).removeprefix("state.") in self._appended
+        }
+        _Rewriter(model.graph, self._stored, halves).run()
+
+    def exact(self, model: ir.Model) -> None:
+        widened(model)
+
+    def _stored(self, value: ir.Value) -> bool:
+        """Whether an initializer is stored in float16: as other graphs of the program store it.
+
+        What only some of them gather from, such as a row for each iteration, others have folded
+        into constants, so it stays.
+        """
+        readers = {use.node.op_type for use in value.uses()}
         tensor = value.const_value
-        if tensor is None or tensor.dtype != FULL or len(tensor.shape) < 2:
+        assert tensor is not None
+        vocabulary = "Gather" in readers and tensor.shape[0] == self._vocabulary
+        if not (readers & PRODUCTS or vocabulary):
             return False
-        return _digest(tensor.numpy()) in self._matrices
+        array = tensor.numpy()
+        most = float(np.abs(array).max(initial=0.0))
+        if not most <= LARGEST:
+            raise UnsupportedModel(
+                f"fp16: weight '{value.name}' reaches {most:.3g}, float16 ends at {LARGEST:,.0f}",
+                do="export with --precision fp32",
+            )
+        name = self._names.get(_digest(array))
+        if name is not None:
+            self.made.add(name)
+        return True
 
     def tensors(self) -> Iterator[NDArray[np.generic]]:
         """The matrices as the graphs hold them."""
-        for parameter in self.weights.parameters():
-            if parameter.ndim >= 2:
-                yield parameter.detach().half().numpy()
+        for name in self.made:
+            yield self.module.get_parameter(name).detach().half().numpy()
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Meanwhile the module computes with its matrices as they are stored."""
-        kept = []
+        kept = {name: self.module.get_parameter(name).data for name in self.made}
         try:
-            for parameter in self.weights.parameters():
-                if parameter.ndim >= 2:
-                    kept.append((parameter, parameter.data))
-                    parameter.data = parameter.data.half().float()
+            for name, data in kept.items():
+                self.module.get_parameter(name).data = data.half().float()
             yield
         finally:
-            for parameter, data in kept:
-                parameter.data = data
+            for name, data in kept.items():
+                self.module.get_parameter(name).data = data
 
 
 class _Rewriter:
     """Gives every float value of a graph its type, and adds the casts that this takes."""
 
     def __init__(
-        self, graph: ir.Graph, is_matrix: Callable[[ir.Value], bool], halves: Collection[str]
+        self, graph: ir.Graph, stored: Callable[[ir.Value], bool], halves: Collection[str]
     ) -> None:
-        self.graph, self.is_matrix, self.halves = graph, is_matrix, halves
+        self.graph, self.stored, self.halves = graph, stored, halves
         self.casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
@@ -110,7 +145,7 @@ class _Rewriter:
             if value.name in self.halves:
                 value.type = ir.TensorType(HALF)
         for value in list(self.graph.initializers.values()):
-            if value.dtype == FULL and self._stored_half(value):
+            if value.dtype == FULL and self.stored(value):
                 _store(value, HALF)
         for node in list(self.graph):
             self._type(node)
@@ -118,10 +153,6 @@ class _Rewriter:
             want = HALF if value.name in self.halves else FULL
             if value.dtype in (FULL, HALF) and value.dtype != want:
                 self._end(at, value, want)
-
-    def _stored_half(self, value: ir.Value) -> bool:
-        readers = {use.node.op_type for use in value.uses()}
-        return self.is_matrix(value) or bool(readers) and readers <= PRODUCTS
 
     def _type(self, node: ir.Node) -> None:
         """The type that a node computes in, for its float inputs and outputs."""
@@ -177,43 +208,25 @@ def _store(value: ir.Value, want: ir.DataType) -> None:
     value.type = ir.TensorType(want)
 
 
-@contextlib.contextmanager
-def float32_twin(bundle: Bundle, variant: str) -> Iterator[Bundle]:
-    """Meanwhile there is a bundle of this variant that computes in float32 throughout: the same
-    graphs over the values that are stored, every float16 in them widened."""
-    manifest = bundle.manifest
-    spec = manifest.variants[variant]
-    with tempfile.TemporaryDirectory(dir=bundle.root) as folder, contextlib.ExitStack() as stack:
-        root = Path(folder)
-        files: dict[str, WeightsFile] = {}
-        for graph in spec.graphs.values():
-            (data,) = graph.data
-            (root / graph.file).parent.mkdir(parents=True, exist_ok=True)
-            if data not in files:
-                files[data] = stack.enter_context(WeightsFile(root / data))
-            model = ir.load(bundle.path(graph.file))
-            _widen(model.graph)
-            files[data].externalize(model)
-            ir.save(model, root / graph.file)
-        for file in files.values():
-            file.flush()
-        variants = {**manifest.variants, variant: replace(spec, append_dtype=None)}
-        yield Bundle(root, replace(manifest, variants=variants))
-
-
-def _widen(graph: ir.Graph) -> None:
-    for value in graph.initializers.values():
+def widened(model: ir.Model) -> None:
+    """Everything in float32, over the same weights file: each float16 in it is read and widened."""
+    graph = model.graph
+    for value in list(graph.initializers.values()):
         if value.dtype == HALF:
-            _store(value, FULL)
+            readers = list(value.uses())
+            node = _cast_node(value, FULL, f"{value.name}.widened")
+            for use in readers:
+                use.node.replace_input_with(use.idx, node.outputs[0])
+            graph.insert_before(graph.node(0), node)
     for node in graph:
         if node.op_type == "Cast" and node.attributes["to"].value == HALF.value:
             node.attributes["to"] = ir.AttrInt64("to", FULL.value)
-    made = [value for node in graph for value in node.outputs]
-    for value in (*graph.inputs, *made):
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
         if value.dtype == HALF:
             value.type = ir.TensorType(FULL)
 
 
-def _digest(array: NDArray[np.generic]) -> bytes:
+def _digest(tensor: torch.Tensor | NDArray[np.generic]) -> bytes:
+    array = tensor.detach().numpy() if isinstance(tensor, torch.Tensor) else tensor
     shape = repr(array.shape).encode()
     return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).digest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,7 +17,8 @@ from edgert.bundle import Bundle
 def twin(bundle: Bundle, variant: str, edit: Callable[[ir.Model], object]) -> Iterator[Bundle]:
     """Meanwhile there is a bundle of this variant with edited graphs over the same weights file.
 
-    Weights that an edit adds are stored in the graphs. It is good for a runner of `variant` alone.
+    Weights that an edit adds are stored in the graphs. It is good for a runner of `variant` alone,
+    whose states are as the manifest declares them.
     """
     with tempfile.TemporaryDirectory(dir=bundle.root) as folder:
         root = Path(folder)
@@ -29,7 +31,9 @@ def twin(bundle: Bundle, variant: str, edit: Callable[[ir.Model], object]) -> It
                 ir.save(model, root / file)
             else:
                 (root / file).hardlink_to(bundle.path(file))
-        yield Bundle(root, bundle.manifest)
+        spec = replace(bundle.manifest.variants[variant], append_dtype=None)
+        variants = {**bundle.manifest.variants, variant: spec}
+        yield Bundle(root, replace(bundle.manifest, variants=variants))
 
 
 def in_float32(model: ir.Model) -> None:

@@ -68,9 +68,6 @@ class WeightsFile:
             self._file.write(data)
         return self._offsets[key]
 
-    def flush(self) -> None:
-        self._file.flush()
-
     def close(self) -> None:
         self._file.close()
 

@@ -22,7 +22,8 @@ from edgert.export.check import check_bundle
 from edgert.export.comparison import Verdict
 from edgert.export.few_bits import accuracy_of, quantizers_of
 from edgert.export.nbits import SCHEMES, Scheme, scheme_of
-from edgert.export.quantize import Quantizer
+from edgert.export.half import Halver
+from edgert.export.rewriter import Rewriter
 from edgert.export.task import task_of
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
@@ -35,7 +36,7 @@ from edgert.progress import Reporter
 from edgert.spec import LOWERINGS, GraphSpec, Lowering, Manifest, TokenizerSpec, VariantSpec
 from edgert.workshop import workshop
 
-PRECISIONS = ("fp32", *SCHEMES)
+PRECISIONS = ("fp32", "fp16", *SCHEMES)
 DEFAULT_LOWERINGS: tuple[Lowering, ...] = ("ort", "portable")
 
 
@@ -113,17 +114,37 @@ def export_bundle(
     program = program_of(source.model)
     source = replace(source, task=task_of(program, options.task, source.task, reporter))
     lowerings = _feasible(program, options.lowerings, reporter)
-    quantizers = quantizers_of(program, source, options.weight_only, lowerings, reporter)
+    rewriters = _rewriters(program, source, options, lowerings, reporter)
     with workshop(out) as work:
-        variants = _write_graphs(work, program, options, lowerings, quantizers, reporter)
+        variants = _write_graphs(work, program, options, lowerings, rewriters, reporter)
         manifest = _manifest(work, program, source, options, variants)
         _write_sealed(work, manifest)
-        verdict = check_bundle(work, program, quantizers, reporter)
-        accuracy = accuracy_of(work, program, source, quantizers, reporter)
+        verdict = check_bundle(work, program, rewriters, reporter)
+        accuracy = accuracy_of(work, program, source, rewriters, reporter)
         manifest = _add_reports(work, verdict, accuracy)
         publish_directory(work, out)
     nbytes = sum(entry.bytes for entry in manifest.files.values())
     return Exported(out, manifest, verdict, nbytes, accuracy)
+
+
+def _rewriters(
+    program: Program,
+    source: Imported,
+    options: ExportOptions,
+    lowerings: tuple[Lowering, ...],
+    reporter: Reporter,
+) -> dict[str, Rewriter]:
+    """By precision: what makes its graphs out of those of fp32."""
+    found: dict[str, Rewriter] = {}
+    found |= quantizers_of(program, source, options.weight_only, lowerings, reporter)
+    if "fp16" in options.precisions:
+        if Halver.lowering not in lowerings:
+            raise UsageError(
+                f"fp16 is a precision of {Halver.lowering} graphs, which were not asked for",
+                do=f"add --lowering {Halver.lowering}",
+            )
+        found["fp16"] = Halver(program)
+    return found
 
 
 def _feasible(
@@ -147,12 +168,12 @@ def _write_graphs(
     program: Program,
     options: ExportOptions,
     lowerings: tuple[Lowering, ...],
-    quantizers: Mapping[str, Quantizer],
+    rewriters: Mapping[str, Rewriter],
     reporter: Reporter,
 ) -> dict[str, VariantSpec]:
     """Every graph in every lowering, over one weights file for each precision.
 
-    A graph is traced once; weights of few bits are the `ort` lowering's alone.
+    A graph is traced once; a precision that is made by rewriting has one lowering.
     """
     variants: dict[str, VariantSpec] = {}
     forms = {"": program.graphs}
@@ -163,10 +184,12 @@ def _write_graphs(
         for precision in options.precisions:
             folder = work / "variants" / precision
             folder.mkdir(parents=True)
-            weights = WeightsFile(folder / "weights.data", dense=precision in quantizers)
+            weights = WeightsFile(folder / "weights.data", dense=precision in options.weight_only)
             files[precision] = stack.enter_context(weights)
         for lowering in lowerings:
-            wanted = [p for p in files if p not in quantizers or lowering == "ort"]
+            wanted = [
+                p for p in files if p not in rewriters or rewriters[p].lowering == lowering
+            ]
             for form, graphs in forms.items():
                 specs: dict[str, dict[str, GraphSpec]] = {p: {} for p in wanted}
                 opsets: dict[str, dict[str, int]] = {p: {} for p in wanted}
@@ -177,11 +200,11 @@ def _write_graphs(
                     check_weights(traced, program.weights, where)
                     for precision in wanted:
                         model = traced.clone()
-                        if precision in quantizers:
-                            quantizer = quantizers[precision]
+                        if precision in rewriters:
+                            rewriter = rewriters[precision]
                             with reporter.stage("rounding", f"{where} to {precision}"):
-                                quantizer.rewrite(model)
-                            made = quantizer.tensors()
+                                rewriter.rewrite(model, graph)
+                            made = rewriter.tensors()
                             check_weights(model, program.weights, f"{where} {precision}", made)
                         strip(model)
                         weights = files[precision]
@@ -197,12 +220,17 @@ def _write_graphs(
                             graph.outputs,
                         )
                 for precision in wanted:
+                    kept = rewriters[precision].append_dtype if precision in rewriters else None
                     variants[f"{precision}-{lowering}{form}"] = VariantSpec(
-                        precision, lowering, opsets[precision], specs[precision]
+                        precision,
+                        lowering,
+                        opsets[precision],
+                        specs[precision],
+                        append_dtype=kept if program.states else None,
                     )
         sizes = {precision: weights.nbytes for precision, weights in files.items()}
     for precision, nbytes in sizes.items():
-        scheme = quantizers[precision].scheme if precision in quantizers else None
+        scheme = rewriters[precision].scheme if precision in rewriters else None
         how = f", {scheme}" if scheme else ""
         reporter.line("weights", f"{precision}{how}, {nbytes / 1e6:.1f} MB, one file")
     return variants
@@ -249,14 +277,16 @@ def _manifest(
         provenance=source.provenance
         | {"exporter": f"edgert {__version__}", "torch": torch.__version__.split("+")[0]},
         requires={"onnxruntime": ">=1.23"},
-        format_version=_version(program),
+        format_version=_version(program, variants),
         task=source.task,
         tables=tables,
     )
 
 
-def _version(program: Program) -> int:
-    """The oldest format that has what the program needs."""
+def _version(program: Program, variants: Mapping[str, VariantSpec]) -> int:
+    """The oldest format that has what the bundle needs."""
+    if any(variant.append_dtype for variant in variants.values()):
+        return 4
     loop = program.parts.loop
     return 1 if loop is None else 2 if program.states else 3
 

@@ -102,7 +102,9 @@ def read_engine(path: Path, made_for: Mapping[str, Any]) -> tuple[Any, bytes] | 
     body = memoryview(data)[_START:]
     if not hmac.compare_digest(data[len(MAGIC) : _START], _mac(own_key(), [body])):
         raise Incompatible(
-            "the engine was not built by this user here, or it is damaged", where=str(path), do=_REBUILD
+            "the engine was not built by this user here, or it is damaged",
+            where=str(path),
+            do=_REBUILD,
         )
     length = int.from_bytes(body[:8], "little")
     header = json.loads(bytes(body[8 : 8 + length]))  # ours: it is authentic

@@ -1,9 +1,9 @@
 """One graph through TensorRT: the only module that calls it.
 
-The `trt` module is handed in: `tensorrt` on a device, `tensorrt_rtx` to check on any machine. What is
-used of it exists alike in 10.3, 10.16, 11.4 and TensorRT-RTX 1.7, and a test compares every
-attribute here with the recorded members of each. So networks are strongly typed and quantization is
-in the graph: builder flags for precision and calibrators are gone from 11. Nothing here makes a
+The `trt` module is handed in: `tensorrt` on a device, `tensorrt_rtx` to check on any machine. What
+is used of it exists alike in 10.3, 10.16, 11.4 and TensorRT-RTX 1.7, and a test compares every
+attribute here with the recorded members of each. So networks are strongly typed and quantization
+is in the graph: builder flags for precision and calibrators are gone from 11. Nothing here makes a
 `Runtime`: without a driver that can kill the process.
 
 Names, for that test: a variable of this module that holds an object of the library is called as in

@@ -1,4 +1,4 @@
-"""Which compiler is here, and whether it can build for a target: asked before it is given a graph."""
+"""Which compiler is here, and whether it can build for a target: asked before it gets a graph."""
 
 from __future__ import annotations
 

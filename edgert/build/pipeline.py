@@ -91,9 +91,7 @@ def _cached(made_for: Fingerprint) -> Engine | None:
     if kept is None:
         return None
     facts, engine = kept
-    return Engine(
-        made_for.graph, path, len(engine), facts["layers"], facts["seconds"], cached=True
-    )
+    return Engine(made_for.graph, path, len(engine), facts["layers"], facts["seconds"], cached=True)
 
 
 def _built(

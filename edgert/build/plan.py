@@ -1,8 +1,9 @@
 """What building a bundle for a target will do, worked out before any compiler is asked.
 
-From the manifest and the target: which variant, every graph's shape profiles with the smallest, best
-and largest shape of each input, the memory it all takes at the largest, and every reason to refuse
-that can be known now: operators, operator sets, memory. Plain Python; `shapes` reads the graphs.
+From the manifest and the target: which variant, every graph's shape profiles with the smallest,
+best and largest shape of each input, the memory it all takes at the largest, and every reason to
+refuse that can be known now: operators, operator sets, memory. Plain Python; `shapes` reads the
+graphs.
 """
 
 from __future__ import annotations

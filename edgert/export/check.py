@@ -161,14 +161,14 @@ def check_bundle(
 def _check(
     bundle: Bundle,
     variant: str,
-    gate: Callable[[Runner], Checks],
+    gate: Callable[[Runner, str], Checks],
     tolerance: float,
     activations: str,
     reporter: Reporter,
 ) -> list[Check]:
     backend = open_backend("cpu")
     runner = Runner(bundle, variant, backend)
-    todo = dict(gate(runner))
+    todo = dict(gate(runner, activations))
     done = []
     what = f"eager = {variant}" + ", rounding activations" * (activations != "float32")
     with reporter.stage("parity", what, len(todo)) as advance:
@@ -183,7 +183,7 @@ def _check(
 
 def _decoding(
     program: Program, rewriter: Rewriter | None
-) -> tuple[Callable[[Runner], Checks], dict[str, int]]:
+) -> tuple[Callable[[Runner, str], Checks], dict[str, int]]:
     """The gate of a decoder: random sequences.
 
     Where a rewriter is applied, the truth is the module whose weights the graphs store: the same
@@ -198,6 +198,6 @@ def _decoding(
     else:
         truth = program.reference(ids)
     return (
-        lambda runner: _Gate(runner, ids.numpy(), truth).checks(),
+        lambda runner, kind: _Gate(runner, ids.numpy(), truth).checks(),
         {"seed": SEED, "batch": 2, "tokens": tokens},
     )

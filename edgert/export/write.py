@@ -21,8 +21,8 @@ from edgert.export.accuracy import REPORT as ACCURACY
 from edgert.export.check import check_bundle
 from edgert.export.comparison import Verdict
 from edgert.export.few_bits import accuracy_of, quantizers_of
-from edgert.export.nbits import SCHEMES, Scheme, scheme_of
 from edgert.export.half import Halver
+from edgert.export.nbits import SCHEMES, Scheme, scheme_of
 from edgert.export.rewriter import Rewriter
 from edgert.export.task import task_of
 from edgert.export.trace import trace
@@ -187,9 +187,7 @@ def _write_graphs(
             weights = WeightsFile(folder / "weights.data", dense=precision in options.weight_only)
             files[precision] = stack.enter_context(weights)
         for lowering in lowerings:
-            wanted = [
-                p for p in files if p not in rewriters or rewriters[p].lowering == lowering
-            ]
+            wanted = [p for p in files if p not in rewriters or rewriters[p].lowering == lowering]
             for form, graphs in forms.items():
                 specs: dict[str, dict[str, GraphSpec]] = {p: {} for p in wanted}
                 opsets: dict[str, dict[str, int]] = {p: {} for p in wanted}

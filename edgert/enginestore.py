@@ -1,7 +1,7 @@
 """Compiled engines in the user's cache, each signed with a key that only this user has.
 
-Deserializing an engine is running native code, so one is used only if it was built here: its file is
-authenticated with HMAC-SHA256 under a key of 32 random bytes, `engine.key`, mode 0600.
+Deserializing an engine is running native code, so one is used only if it was built here: its file
+is authenticated with HMAC-SHA256 under a key of 32 random bytes, `engine.key`, mode 0600.
 
     16  "edgert-engine-1\\n"
     32  HMAC-SHA256 of all that follows
@@ -152,11 +152,12 @@ def _make_key(path: Path) -> None:
 
 def _refuse_foreign(path: Path, private: bool = False) -> None:
     """Who can write it could sign or exchange it; of a key, who can read it as well."""
+    what = "the key of the engine cache" if private else "the engine"
     info = os.lstat(path)
     others = stat.S_IRWXG | stat.S_IRWXO if private else stat.S_IWGRP | stat.S_IWOTH
     if info.st_uid != os.geteuid() or info.st_mode & others:
         raise Incompatible(
-            f"{'the key of the engine cache' if private else 'the engine'} is not this user's alone",
+            f"{what} is not this user's alone",
             where=str(path),
             do="remove it and build the engines again",
         )

@@ -3,8 +3,8 @@
     MatMul, Gemm     take and give float16; so the matrices that they read, those of the vocabulary,
                      and keys and values are stored in it
     what only moves  Reshape, Transpose, Gather, ScatterND ... keeps what it is given
-    all else         float32: norms, softmax, rotation, residual stream, Clifford products, what goes
-                     round a loop, halting scores, logits
+    all else         float32: norms, softmax, rotation, residual stream, Clifford products, what
+                     goes round a loop, halting scores, logits
 
 It is the policy of torch.autocast. Products are what takes time and memory; sums of squares and
 recurrences are what overflows and drifts. A strongly typed compiler has to follow it, and the same

@@ -1,7 +1,8 @@
 """Typed fp16: matrix products in float16, everything else in float32, said by the graph itself.
 
     MatMul, Gemm     take and give float16; so the matrices that they read, those of the vocabulary,
-                     and keys and values are stored in it
+                     and keys and values are stored in it. Not those of a few scores, such as when
+                     to halt: narrow matrices stay as they are
     what only moves  Reshape, Transpose, Gather, ScatterND ... keeps what it is given
     all else         float32: norms, softmax, rotation, residual stream, Clifford products, what
                      goes round a loop, halting scores, logits
@@ -45,6 +46,8 @@ BLIND = frozenset({"Cast", "Shape", "Size"})
 FULL, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 BOTH = (FULL, HALF)
 LARGEST = float(np.finfo(np.float16).max)
+NARROW = 8
+"""A matrix with fewer rows or columns is read in float32: its product is a decision, not work."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class Halver:
         tensor = value.const_value
         assert tensor is not None
         vocabulary = "Gather" in readers and tensor.shape[0] == self._vocabulary
-        if not (readers & PRODUCTS or vocabulary):
+        narrow = len(tensor.shape) > 1 and min(tensor.shape.numpy()) < NARROW
+        if narrow or not (readers & PRODUCTS or vocabulary):
             return False
         array = tensor.numpy()
         most = float(np.abs(array).max(initial=0.0))
@@ -162,7 +166,9 @@ class _Rewriter:
             return
         want = FULL
         if kind in PRODUCTS:
-            want = HALF
+            given = [node.inputs[at] for at in floats]
+            narrow = any(v.is_initializer() and v.dtype == FULL for v in given if v)
+            want = FULL if narrow else HALF
         elif kind == "Concat":
             want = HALF if all(node.inputs[at].dtype == HALF for at in floats) else FULL  # type: ignore[union-attr]
         elif kind in MOVES:

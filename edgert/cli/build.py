@@ -122,11 +122,12 @@ def _graph(graph: GraphPlan) -> Iterator[str]:
 
 
 def _rows(graph: GraphPlan, profile: ShapeProfile) -> Iterator[tuple[str, str, str, str, str]]:
-    """Inputs of one type and the same shapes together."""
-    alike: dict[tuple[str, tuple[Shape, Shape, Shape]], list[str]] = {}
+    """Numbered inputs of one type and the same shapes together."""
+    alike: dict[tuple[str, str, tuple[Shape, Shape, Shape]], list[str]] = {}
     for name, shapes in profile.shapes.items():
-        alike.setdefault((graph.inputs[name].dtype, shapes), []).append(name)
-    for (dtype, shapes), names in alike.items():
+        single = "" if "." in name else name
+        alike.setdefault((single, graph.inputs[name].dtype, shapes), []).append(name)
+    for (_, dtype, shapes), names in alike.items():
         shown = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
         low, best, high = ("x".join(map(str, shape)) for shape in shapes)
         yield (shown, dtype, low, best, high)

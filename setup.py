@@ -7,7 +7,7 @@ beside the package.
 
 from setuptools import find_packages, setup
 
-RECIPE_FOLDERS = ("export",)
+RECIPE_FOLDERS = ("export", "engines")
 
 setup(
     packages=[

@@ -12,7 +12,8 @@ from typing import Any
 
 from edgert.errors import UsageError
 
-FOLDERS = ("export",)  # those of setup.py
+BUNDLES = "export"  # the folder whose recipes make bundles
+FOLDERS = (BUNDLES, "engines")  # those of setup.py
 MAX_BYTES = 1 << 20
 PACKAGE = Path(__file__).resolve().parent
 
@@ -42,11 +43,9 @@ def folder(name: str, package: Path = PACKAGE) -> Path | None:
 
 def recipes(package: Path = PACKAGE) -> list[Entry]:
     """All recipes, by name. One that cannot be read says so instead of what it makes."""
-    found = []
-    for place in filter(None, (folder(name, package) for name in FOLDERS)):
-        for path in sorted(place.glob("*.toml")):
-            found.append(Entry(path.stem, path, *_described(path)))
-    return sorted(found, key=lambda entry: entry.name)
+    place = folder(BUNDLES, package)
+    paths = sorted(place.glob("*.toml")) if place else []
+    return [Entry(path.stem, path, *_described(path)) for path in paths]
 
 
 def find(name: str, package: Path = PACKAGE) -> Entry:

@@ -47,7 +47,7 @@ RUN_ZONE = (
     Line("runner looping slots speculate", together=True),
     Line("state"),
     Line("tokenizer chat sampler stops backends vault tasks programs exits"),
-    Line("bundle manifest wiring cache onnxfile files tensors workshop", together=True),
+    Line("bundle manifest wiring cache enginestore onnxfile files tensors workshop", together=True),
     Line("rng spec progress machine halting beside"),
     Line("errors _version"),
 )
@@ -57,11 +57,12 @@ RUN_ZONE = (
 BELOW_CLI = " ".join(line.names for line in RUN_ZONE[2:])
 AUTHOR_ZONE = {
     "models": "errors spec files",
+    "build": BELOW_CLI,
     "export": "models " + BELOW_CLI,
     "train": "models " + BELOW_CLI,
 }
 # The modules outside the author zone that may call into it, inside their commands.
-AUTHOR_CLI = ("edgert.cli.make", "edgert.cli.train")
+AUTHOR_CLI = ("edgert.cli.build", "edgert.cli.make", "edgert.cli.train")
 
 AUTHOR_PACKAGES = {"torch", "onnx", "onnxscript", "onnx_ir", "gguf", "transformers"}
 FAMILIES = ("hagi", "hrm", "hexad", "sage", "sagi", "vocab_space", "llama")
@@ -263,6 +264,20 @@ def test_third_party_packages_are_imported_where_needed(module):
         if not item.lazy
         and not item.typing
         and item.target.split(".")[0] not in at_top | sys.stdlib_module_names
+    ]
+    assert not wrong, report(wrong)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if unit(m) == "build"])
+def test_building_needs_no_torch_and_is_handed_tensorrt(module):
+    """Engines are built on the device: of the author's packages there is onnx at most, inside a
+    function, and the compiler's module is an argument."""
+    banned = (AUTHOR_PACKAGES - {"onnx"}) | {"tensorrt", "tensorrt_rtx"}
+    wrong = [
+        f"{place(module, item.line)} imports {item.target}"
+        for item in imports(module)
+        if item.target.split(".")[0] in banned
+        or (item.target.split(".")[0] == "onnx" and not (item.lazy or item.typing))
     ]
     assert not wrong, report(wrong)
 

@@ -28,11 +28,12 @@ def metadata(wheel: dict[str, bytes]):
 
 def test_wheel_carries_every_recipe(wheel):
     """Recipes of the top-level folder are readable from an installed package."""
-    recipes = {path.name: path.read_bytes() for path in (ROOT / "export").glob("*.toml")}
-    assert recipes
-    prefix = "edgert/recipes/export/"
-    packed = {n.removeprefix(prefix): wheel[n] for n in wheel if n.startswith(prefix)}
-    assert {name: data for name, data in packed.items() if name.endswith(".toml")} == recipes
+    for folder in ("export", "engines"):
+        recipes = {path.name: path.read_bytes() for path in (ROOT / folder).glob("*.toml")}
+        assert recipes
+        prefix = f"edgert/recipes/{folder}/"
+        packed = {n.removeprefix(prefix): wheel[n] for n in wheel if n.startswith(prefix)}
+        assert {name: data for name, data in packed.items() if name.endswith(".toml")} == recipes
 
 
 def test_wheel_carries_the_package_and_nothing_else(wheel):

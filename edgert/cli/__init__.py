@@ -14,7 +14,19 @@ from collections.abc import Sequence
 
 import click
 
-from edgert.cli import halt, health, make, measure, migrate, sessions, solve, talk, train, use
+from edgert.cli import (
+    build,
+    halt,
+    health,
+    make,
+    measure,
+    migrate,
+    sessions,
+    solve,
+    talk,
+    train,
+    use,
+)
 from edgert.errors import EdgertError, OutOfMemory, UsageError
 
 INTERRUPTED = 130
@@ -46,6 +58,7 @@ def cli(ctx: click.Context) -> None:
 for command in (
     train.train,
     make.export,
+    build.build,
     talk.run,
     talk.chat,
     solve.solve,

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from edgert.backends import open_backend
 from edgert.bundle import Bundle
 from edgert.evaluate import cross_entropy, divergence
-from edgert.export.quantize import Quantizer
+from edgert.export.rewriter import Rewriter
 from edgert.models.importers import Imported
 from edgert.models.program import Program
 from edgert.progress import Reporter
@@ -39,7 +39,7 @@ TOKENS, WINDOW = 4096, 512
 CHARACTERS = 200_000
 """Of the text: what is beyond is not read."""
 
-BUDGET = {"fp32": 1.0, "int8": 1.005, "int4": 1.03}
+BUDGET = {"fp32": 1.0, "fp16": 1.001, "int8": 1.005, "int4": 1.03}
 """Largest perplexity ratio of a precision that is meant to be used."""
 
 KV_BUDGET = {"fp32": 1.0, "int8": 1.005}
@@ -174,7 +174,7 @@ def budget(manifest: Manifest, variant: str) -> float:
 
 def report(
     bundle: Bundle,
-    quantizers: Mapping[str, Quantizer],
+    rewriters: Mapping[str, Rewriter],
     found: Mapping[str, Accuracy],
     origin: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -184,11 +184,11 @@ def report(
     variants = {}
     for name, accuracy in found.items():
         variant, most = bundle.manifest.variants[name], budget(bundle.manifest, name)
-        quantizer = quantizers.get(variant.precision)
+        rewriter = rewriters.get(variant.precision)
         variants[name] = {
             "variant_id": variant.variant_id,
-            "scheme": quantizer and asdict(quantizer.scheme),
-            "mixed": quantizer and quantizer.mixed,
+            "scheme": rewriter and asdict(rewriter.scheme),
+            "mixed": rewriter and rewriter.mixed,
             "kv": bundle.manifest.kv_of(name),
             **asdict(accuracy),
             "budget": round(most, 6),

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,9 +33,9 @@ from edgert.bundle import Bundle
 from edgert.export.check_solving import solving
 from edgert.export.comparison import ROUNDED, TOLERANCE, Check, Checks, Comparison, Verdict
 from edgert.export.kv_int8 import Int8KV
-from edgert.export.quantize import Quantizer
-from edgert.export.twin import in_float32, twin
-from edgert.models.program import Program, Referee, Reference
+from edgert.export.rewriter import Rewriter
+from edgert.export.twin import twin
+from edgert.models.program import Program, Referee, Reference, Scorer, references
 from edgert.progress import Reporter
 from edgert.runner import Execution, Runner
 
@@ -157,16 +158,16 @@ def _compare_logits(
 def check_bundle(
     root: Path,
     program: Program,
-    quantizers: Mapping[str, Quantizer] | None = None,
+    rewriters: Mapping[str, Rewriter] | None = None,
     reporter: Reporter | None = None,
     kv: Int8KV | None = None,
 ) -> Verdict:
     """Run every check on every variant of a bundle.
 
-    quantizers  by precision, of the variants with weights of few bits: eager torch computes with
-                the values of their codes. A variant that rounds activations is run twice: as a twin
-                that does not, against the tight tolerance, and as it is, against `ROUNDED`.
-    kv          the scales of the variants that keep keys and values in int8
+    rewriters  by precision, of the variants that store other weights than the model's: eager torch
+               computes with theirs. A variant that rounds activations is run twice: as a twin that
+               does not, against the tight tolerance, and as it is, against `ROUNDED`.
+    kv         the scales of the variants that keep keys and values in int8
     Raises GateFailed at the first difference beyond the tolerance: the state or result, the
     variant, the check, the step, the index and both values.
     """
@@ -176,15 +177,17 @@ def check_bundle(
     inputs: dict[str, int] = {}
     variants = bundle.manifest.variants
     for precision in dict.fromkeys(v.precision for v in variants.values()):
-        quantizer = (quantizers or {}).get(precision)
-        with quantizer.applied() if quantizer else contextlib.nullcontext():
-            gate, inputs = _decoding(program, kv) if program.reference else solving(program, SEED)
+        rewriter = (rewriters or {}).get(precision)
+        with rewriter.applied() if rewriter else contextlib.nullcontext():
+            decodes = program.reference is not None
+            gate, inputs = _decoding(program, rewriter, kv) if decodes else solving(program, SEED)
             for name in [n for n, v in variants.items() if v.precision == precision]:
                 tight = TOLERANCE[precision]
-                if quantizer and quantizer.scheme.accuracy_level:
-                    with twin(bundle, name, in_float32) as exact:
+                if rewriter and rewriter.rounds:
+                    with twin(bundle, name, rewriter.exact, rewriter.rounds) as exact:
                         checks += _check(exact, name, gate, tight, "float32", reporter)
-                    checks += _check(bundle, name, gate, ROUNDED, "int8", reporter)
+                    loose = ROUNDED[rewriter.rounds]
+                    checks += _check(bundle, name, gate, loose, rewriter.rounds, reporter)
                 else:
                     checks += _check(bundle, name, gate, tight, "float32", reporter)
     return Verdict(inputs, checks)
@@ -193,16 +196,16 @@ def check_bundle(
 def _check(
     bundle: Bundle,
     variant: str,
-    gate: Callable[[Runner], Checks],
+    gate: Callable[[Runner, str], Checks],
     tolerance: float,
     activations: str,
     reporter: Reporter,
 ) -> list[Check]:
     backend = open_backend("cpu")
     runner = Runner(bundle, variant, backend)
-    todo = dict(gate(runner))
+    todo = dict(gate(runner, activations))
     done = []
-    what = f"eager = {variant}" + ", rounding activations" * (activations == "int8")
+    what = f"eager = {variant}" + ", rounding activations" * (activations != "float32")
     with reporter.stage("parity", what, len(todo)) as advance:
         for name, body in todo.items():
             check = Check(variant, name, activations)
@@ -214,17 +217,23 @@ def _check(
 
 
 def _decoding(
-    program: Program, kv: Int8KV | None
-) -> tuple[Callable[[Runner], Checks], dict[str, int]]:
-    """The gate of a decoder: random sequences."""
+    program: Program, rewriter: Rewriter | None, kv: Int8KV | None
+) -> tuple[Callable[[Runner, str], Checks], dict[str, int]]:
+    """The gate of a decoder: random sequences.
+
+    Where a rewriter is applied, the truth is the module whose weights the graphs store: the same
+    model, with factors folded into its matrices.
+    """
     tokens = min(TOKENS, program.context)
     drawn = torch.Generator().manual_seed(SEED)
     ids = torch.randint(program.vocab_size, (2, tokens), generator=drawn)
     reference = program.reference
     assert reference is not None
+    if rewriter:
+        reference = partial(references, cast(Scorer, program.weights), program.slots)
     truth = reference(ids)
 
-    def gate(runner: Runner) -> Checks:
+    def gate(runner: Runner, activations: str) -> Checks:
         keeps = runner.manifest.kv_of(runner.variant_name)
         own = kv if keeps == "int8" else None
         return _Gate(runner, ids.numpy(), reference, truth, own).checks()

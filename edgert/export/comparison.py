@@ -13,22 +13,23 @@ from numpy.typing import NDArray
 from edgert.bundle import Bundle
 from edgert.errors import GateFailed
 
-TOLERANCE = {"fp32": 3e-5, "int8": 3e-5, "int4": 3e-5}
+TOLERANCE = {"fp32": 3e-5, "fp16": 3e-5, "int8": 3e-5, "int4": 3e-5}
 """Largest difference, as a share of the largest magnitude in the compared tensor (at least 1).
 
 fp32: two correct implementations that sum in different orders part by about 1e-6 of the magnitude
 per block, a few 1e-5 after thirty; a wrong weight or position moves whole per cents.
-int8, int4: the same, since eager torch then computes with the values that the codes stand for, and
-the graphs with activations in float32.
+fp16, int8, int4: the same, since eager torch then computes with the values that are stored, and the
+graphs with activations in float32.
 """
 
-ROUNDED = 0.25
-"""The same where the graphs round activations to int8, as they are shipped.
+ROUNDED = {"float16": 0.01, "int8": 0.25}
+"""The same where the graphs round activations to fewer bits, as they are shipped.
 
 Not what proves them: the same graphs have passed the tolerance above with float32 activations. It
-catches kernels that are wrong on this processor. Rounding moves each product by some tenths of a
-per cent of the largest, and a chain of thirty blocks by several per cent; what that costs is
-measured on a text (accuracy.json).
+catches kernels that are wrong on this processor, and values that overflow. Rounding to int8 moves
+each product by some tenths of a per cent of the largest, and a chain of thirty blocks by several
+per cent; to float16 by a twentieth of a per cent, and seven blocks by two tenths of one. What that
+costs is measured on a text (accuracy.json).
 """
 
 
@@ -65,8 +66,9 @@ class Verdict:
 
         precisions = {v.precision for v in bundle.manifest.variants.values()}
         tolerance = {name: limit for name, limit in TOLERANCE.items() if name in precisions}
-        if any(check.activations == "int8" for check in self.checks):
-            tolerance["activations in int8"] = ROUNDED
+        for kind in ROUNDED:
+            if any(check.activations == kind for check in self.checks):
+                tolerance[f"activations in {kind}"] = ROUNDED[kind]
         return {
             "format_version": 1,
             "verdict": "pass",

@@ -16,6 +16,7 @@ from edgert.export.methods import Moments
 from edgert.export.mixed import widen
 from edgert.export.nbits import CALIBRATED, Scheme
 from edgert.export.quantize import Quantizer
+from edgert.export.rewriter import Rewriter
 from edgert.models.importers import Imported
 from edgert.models.program import Program, Scorer
 from edgert.progress import Reporter
@@ -95,12 +96,12 @@ def accuracy_of(
     work: Path,
     program: Program,
     source: Imported,
-    quantizers: Mapping[str, Quantizer],
+    rewriters: Mapping[str, Rewriter],
     reporter: Reporter,
 ) -> dict[str, Any] | None:
     """The accuracy report of an unpublished bundle, or None where there is nothing to compare."""
     bundle = Bundle.open(work, verify=False)
-    if not accuracy.inexact(bundle.manifest):
+    if program.reference is None or not accuracy.inexact(bundle.manifest):
         return None
     tokenizer = accuracy.tokenizer_of(source)
     if tokenizer is None:
@@ -108,7 +109,7 @@ def accuracy_of(
         return None
     sample = accuracy.sample(tokenizer, program.context)
     found = accuracy.measure(bundle, program, sample.windows, reporter)
-    report = accuracy.report(bundle, quantizers, found, sample.origin)
+    report = accuracy.report(bundle, rewriters, found, sample.origin)
     for name, one in report["variants"].items():
         if not one["within_budget"]:
             reporter.line(

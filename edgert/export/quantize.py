@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,9 @@ from numpy.typing import NDArray
 
 from edgert.export.methods import METHODS, Moments
 from edgert.export.nbits import CALIBRATED, Floats, Quantized, Scheme
+from edgert.export.twin import in_float32
+from edgert.models.program import TracedGraph
+from edgert.spec import Lowering
 
 LEAST = 4096
 """Elements of the smallest matrix that is worth it."""
@@ -39,6 +43,8 @@ class Quantizer:
     """
 
     mixed: dict[str, Any] | None = None
+    lowering: Lowering = "ort"
+    state_dtypes: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self, module: torch.nn.Module, scheme: Scheme, moments: Mapping[str, Moments] | None = None
@@ -69,7 +75,14 @@ class Quantizer:
         transposed, quantized = self.made[name]
         return quantized.values() - self._weight(name, transposed)
 
-    def rewrite(self, model: ir.Model) -> None:
+    @property
+    def rounds(self) -> str | None:
+        return "int8" if self.scheme.accuracy_level else None
+
+    def exact(self, model: ir.Model) -> None:
+        in_float32(model)
+
+    def rewrite(self, model: ir.Model, part: TracedGraph | None = None) -> None:
         """Replace what can be replaced in a traced graph."""
         graph = model.graph
         for node in list(graph):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,13 @@ USEFUL = 0.01
 """Share of the magnitude up to which a limit is one: a wrong weight or carry moves whole per
 cents."""
 
+COARSER = {"float32": 1.0, "float16": 2.0**13}
+"""Unit roundoff of a type, in that of float32."""
+
+COARSE_USEFUL = 0.1
+"""As `USEFUL`, where activations are rounded to fewer bits: only what overflows or is plainly wrong
+is looked for."""
+
 LEAST = 2
 """Iterations that are always compared: the second is the first to read a carry of the graphs."""
 
@@ -40,21 +47,42 @@ LEAST = 2
 @dataclass(frozen=True)
 class Rounding:
     """For each iteration, by result: how far eager float32 has been from float64 so far, as a share
-    of the magnitude."""
+    of the magnitude.
+
+    times  how much coarser the graphs round than float32
+    """
 
     shares: tuple[dict[str, float], ...]
+    times: float = 1.0
 
     @property
     def compared(self) -> int:
-        """How many iterations a graph can be held against when it runs freely."""
-        lost = (n for n, share in enumerate(self.shares) if SPREAD * max(share.values()) > USEFUL)
-        return max(next(lost, len(self.shares)), min(LEAST, len(self.shares)))
+        """How many iterations a graph can be held against when it runs freely.
+
+        Of one that rounds more coarsely perhaps none: its structure has been proved without that.
+        """
+        largest = (self.times * SPREAD * max(share.values()) for share in self.shares)
+        lost = (n for n, share in enumerate(largest) if share > self.useful)
+        least = 0 if self.is_coarse else min(LEAST, len(self.shares))
+        return max(next(lost, len(self.shares)), least)
+
+    @property
+    def is_coarse(self) -> bool:
+        return self.times > 1
+
+    @property
+    def useful(self) -> float:
+        return COARSE_USEFUL if self.is_coarse else USEFUL
+
+    def coarser(self, kind: str) -> Rounding:
+        """The same of graphs that round activations to this type."""
+        return replace(self, times=COARSER[kind])
 
     def slack(self, done: int, tolerance: float, growth: float = GROWTH) -> dict[str, float]:
         """By result, how many times the tolerance it may be away at iteration `done`, from 0."""
         least = 1 + growth * done
         return {
-            name: max(least, min(SPREAD * share, USEFUL) / tolerance)
+            name: max(least, min(self.times * SPREAD * share, self.useful) / tolerance)
             for name, share in self.shares[done].items()
         }
 
@@ -67,7 +95,7 @@ class Rounding:
                 {name: float(f"{share:.3g}") for name, share in at.items()} for at in self.shares
             ],
             "iterations_compared": self.compared,
-        }
+        } | ({"times": self.times} if self.is_coarse else {})
 
 
 def own_rounding(program: Program, inputs: Mapping[str, Tensor], truth: list[Turn]) -> Rounding:

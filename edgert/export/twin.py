@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,10 +14,13 @@ from edgert.bundle import Bundle
 
 
 @contextlib.contextmanager
-def twin(bundle: Bundle, variant: str, edit: Callable[[ir.Model], object]) -> Iterator[Bundle]:
+def twin(
+    bundle: Bundle, variant: str, edit: Callable[[ir.Model], object], undone: str | None = None
+) -> Iterator[Bundle]:
     """Meanwhile there is a bundle of this variant with edited graphs over the same weights file.
 
     Weights that an edit adds are stored in the graphs. It is good for a runner of `variant` alone.
+    undone  a dtype that the edit replaces by the declared one of the states
     """
     with tempfile.TemporaryDirectory(dir=bundle.root) as folder:
         root = Path(folder)
@@ -29,7 +33,11 @@ def twin(bundle: Bundle, variant: str, edit: Callable[[ir.Model], object]) -> It
                 ir.save(model, root / file)
             else:
                 (root / file).hardlink_to(bundle.path(file))
-        yield Bundle(root, bundle.manifest)
+        spec = bundle.manifest.variants[variant]
+        kept = {name: dtype for name, dtype in spec.state_dtypes.items() if dtype != undone}
+        spec = replace(spec, state_dtypes=kept)
+        variants = {**bundle.manifest.variants, variant: spec}
+        yield Bundle(root, replace(bundle.manifest, variants=variants))
 
 
 def in_float32(model: ir.Model) -> None:

@@ -22,9 +22,10 @@ from edgert.export.accuracy import REPORT as ACCURACY
 from edgert.export.check import check_bundle
 from edgert.export.comparison import Verdict
 from edgert.export.few_bits import accuracy_of, quantizers_of
+from edgert.export.half import Halver
 from edgert.export.kv_int8 import Int8KV, calibrated
 from edgert.export.nbits import SCHEMES, Scheme, scheme_of
-from edgert.export.quantize import Quantizer
+from edgert.export.rewriter import Rewriter
 from edgert.export.task import task_of
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
@@ -37,7 +38,7 @@ from edgert.progress import Reporter
 from edgert.spec import LOWERINGS, GraphSpec, Lowering, Manifest, TokenizerSpec, VariantSpec
 from edgert.workshop import workshop
 
-PRECISIONS = ("fp32", *SCHEMES)
+PRECISIONS = ("fp32", "fp16", *SCHEMES)
 KVS = {"fp32": "", "int8": "-kv8"}
 """How keys and values can be kept, and what the names of variants say of it."""
 DEFAULT_LOWERINGS: tuple[Lowering, ...] = ("ort", "portable")
@@ -141,18 +142,38 @@ def export_bundle(
     program = program_of(source.model)
     source = replace(source, task=task_of(program, options.task, source.task, reporter))
     lowerings = _feasible(program, options.lowerings, reporter)
-    quantizers = quantizers_of(program, source, options.weight_only, lowerings, reporter)
+    rewriters = _rewriters(program, source, options, lowerings, reporter)
     kv = calibrated(program, source, lowerings, reporter) if "int8" in options.kvs else None
     with workshop(out) as work:
-        variants = _write_graphs(work, program, options, lowerings, quantizers, kv, reporter)
+        variants = _write_graphs(work, program, options, lowerings, rewriters, kv, reporter)
         manifest = _manifest(work, program, source, options, variants)
         _write_sealed(work, manifest)
-        verdict = check_bundle(work, program, quantizers, reporter, kv)
-        accuracy = accuracy_of(work, program, source, quantizers, reporter)
+        verdict = check_bundle(work, program, rewriters, reporter, kv)
+        accuracy = accuracy_of(work, program, source, rewriters, reporter)
         manifest = _add_reports(work, verdict, accuracy)
         publish_directory(work, out)
     nbytes = sum(entry.bytes for entry in manifest.files.values())
     return Exported(out, manifest, verdict, nbytes, accuracy)
+
+
+def _rewriters(
+    program: Program,
+    source: Imported,
+    options: ExportOptions,
+    lowerings: tuple[Lowering, ...],
+    reporter: Reporter,
+) -> dict[str, Rewriter]:
+    """By precision: what makes its graphs out of those of fp32."""
+    found: dict[str, Rewriter] = {}
+    found |= quantizers_of(program, source, options.weight_only, lowerings, reporter)
+    if "fp16" in options.precisions:
+        if Halver.lowering not in lowerings:
+            raise UsageError(
+                f"fp16 is a precision of {Halver.lowering} graphs, which were not asked for",
+                do=f"add --lowering {Halver.lowering}",
+            )
+        found["fp16"] = Halver(program)
+    return found
 
 
 def _feasible(
@@ -176,13 +197,14 @@ def _write_graphs(
     program: Program,
     options: ExportOptions,
     lowerings: tuple[Lowering, ...],
-    quantizers: Mapping[str, Quantizer],
+    rewriters: Mapping[str, Rewriter],
     kv: Int8KV | None,
     reporter: Reporter,
 ) -> dict[str, VariantSpec]:
     """Every graph in every lowering, over one weights file for each precision.
 
-    A graph is traced once; what is in few bits is the `ort` lowering's alone.
+    A graph is traced once. A precision that is made by rewriting has one lowering, and keys and
+    values in int8 are the `ort` lowering's alone.
     """
     variants: dict[str, VariantSpec] = {}
     forms = {"": program.graphs}
@@ -193,14 +215,15 @@ def _write_graphs(
         for precision in options.precisions:
             folder = work / "variants" / precision
             folder.mkdir(parents=True)
-            weights = WeightsFile(folder / "weights.data", dense=precision in quantizers)
+            weights = WeightsFile(folder / "weights.data", dense=precision in options.weight_only)
             files[precision] = stack.enter_context(weights)
         for lowering in lowerings:
             wanted = {
                 precision + KVS[kept]: (precision, kept)
                 for precision in files
                 for kept in options.kvs
-                if lowering == "ort" or (precision not in quantizers and kept == "fp32")
+                if (precision not in rewriters or rewriters[precision].lowering == lowering)
+                and (kept == "fp32" or lowering == "ort")
             }
             for form, graphs in forms.items():
                 specs: dict[str, dict[str, GraphSpec]] = {name: {} for name in wanted}
@@ -212,11 +235,11 @@ def _write_graphs(
                     check_weights(traced, program.weights, where)
                     for name, (precision, kept) in wanted.items():
                         model = traced.clone()
-                        if precision in quantizers:
-                            quantizer = quantizers[precision]
+                        if precision in rewriters:
+                            rewriter = rewriters[precision]
                             with reporter.stage("rounding", f"{where} to {name}"):
-                                quantizer.rewrite(model)
-                            made = quantizer.tensors()
+                                rewriter.rewrite(model, graph)
+                            made = rewriter.tensors()
                             check_weights(model, program.weights, f"{where} {name}", made)
                         if kv is not None and kept == "int8":
                             kv.rewrite(model, graph.inputs)
@@ -235,16 +258,19 @@ def _write_graphs(
                             graph.outputs,
                         )
                 for name, (precision, kept) in wanted.items():
+                    dtypes = rewriters[precision].state_dtypes if precision in rewriters else {}
+                    if kv is not None and kept == "int8":
+                        dtypes = kv.state_dtypes
                     variants[f"{name}-{lowering}{form}"] = VariantSpec(
                         precision,
                         lowering,
                         opsets[name],
                         specs[name],
-                        state_dtypes=kv.state_dtypes if kv is not None and kept == "int8" else {},
+                        state_dtypes=dict(dtypes),
                     )
         sizes = {precision: weights.nbytes for precision, weights in files.items()}
     for precision, nbytes in sizes.items():
-        scheme = quantizers[precision].scheme if precision in quantizers else None
+        scheme = rewriters[precision].scheme if precision in rewriters else None
         how = f", {scheme}" if scheme else ""
         reporter.line("weights", f"{precision}{how}, {nbytes / 1e6:.1f} MB, one file")
     return variants

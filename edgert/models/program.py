@@ -74,6 +74,11 @@ class Program:
     tables: dict[str, Tensor] = field(default_factory=dict)
     unrolled: TracedGraph | None = None
 
+    @property
+    def slots(self) -> int:
+        """Executed attentions of a decoder, each with keys and values of its own."""
+        return sum(spec.kind == "append" for spec in self.states.values()) // 2
+
 
 def kv_states(slots: int, heads: Heads) -> dict[str, StateSpec]:
     """The counter, then keys and values of each slot."""

@@ -1,0 +1,344 @@
+"""What building a bundle for a target will do, worked out before any compiler is asked.
+
+From the manifest and the target: which variant, every graph's shape profiles with the smallest,
+best and largest shape of each input, the memory it all takes at the largest, and every reason to
+refuse that can be known now: operators, operator sets, memory. Plain Python; `shapes` reads the
+graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgert.build.operators import refusals
+from edgert.build.shapes import Drawn, read_graph
+from edgert.build.target import ONE, Span, Target
+from edgert.bundle import Bundle
+from edgert.errors import Incompatible, OutOfMemory, UnsupportedModel, UsageError
+from edgert.onnxfile import read_onnx_facts
+from edgert.spec import GraphSpec, Manifest, StateSpec, TensorSpec, VariantSpec, Wire, endpoint_at
+from edgert.state import resolve
+
+MB = 1_000_000
+BUILD_FACTOR = 4
+"""While it builds, a compiler holds about so many times a graph's weights (users of NVIDIA's own
+tool saw three to four: NVIDIA/TensorRT-Edge-LLM#30)."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShapeProfile:
+    """Smallest, best and largest shape of every input that a named axis is in."""
+
+    name: str
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """One graph to compile.
+
+    inputs, outputs  what the manifest says of each port; named axes are dynamic
+    activations      bytes alive at once, estimated: see `Drawn.activations`
+    rounding         operators that quantize and dequantize in the graph
+    """
+
+    name: str
+    path: Path
+    sha256: tuple[str, ...]  # of the graph file and its data files
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    profiles: tuple[ShapeProfile, ...]
+    nodes: int
+    rounding: tuple[int, int]
+    weights: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the largest shapes, while the model runs.
+
+    states   each twice: an engine must not write the buffer that it reads
+    buffers  inputs, results, and what graphs hand to each other
+    """
+
+    weights: int
+    activations: int
+    states: dict[str, int]
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + sum(self.states.values()) + self.buffers
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    target: Target
+    bundle: str
+    variant: str
+    variant_id: str
+    precision: str
+    graphs: tuple[GraphPlan, ...]
+    memory: Memory
+    building: int  # bytes that the compiler needs for the largest graph, estimated
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bundle": self.bundle,
+            "target": self.target.name,
+            "compiler": f"{self.target.compiler} {self.target.version}",
+            "sm": self.target.sm,
+            "variant": self.variant,
+            "variant_id": self.variant_id,
+            "precision": self.precision,
+            "workspace_bytes": self.target.workspace_mb * MB,
+            "graphs": [
+                {
+                    "graph": graph.name,
+                    "nodes": graph.nodes,
+                    "quantize": graph.rounding[0],
+                    "dequantize": graph.rounding[1],
+                    "weight_bytes": graph.weights,
+                    "activation_bytes": graph.activations,
+                    "inputs": {n: _port(spec) for n, spec in graph.inputs.items()},
+                    "outputs": {n: _port(spec) for n, spec in graph.outputs.items()},
+                    "profiles": {
+                        profile.name: {
+                            name: dict(zip(("min", "opt", "max"), shapes, strict=True))
+                            for name, shapes in profile.shapes.items()
+                        }
+                        for profile in graph.profiles
+                    },
+                }
+                for graph in self.graphs
+            ],
+            "memory": {
+                "limit_bytes": self.target.memory_mb * MB,
+                "total_bytes": self.memory.total,
+                "weight_bytes": self.memory.weights,
+                "activation_bytes": self.memory.activations,
+                "state_bytes": sum(self.memory.states.values()),
+                "buffer_bytes": self.memory.buffers,
+                "building_bytes": self.building,
+            },
+        }
+
+
+def _port(spec: TensorSpec) -> dict[str, Any]:
+    return {"dtype": spec.dtype, "shape": list(spec.shape)}
+
+
+def plan_build(bundle: Bundle, target: Target, precision: str | None = None) -> BuildPlan:
+    """Raises UsageError (no such precision), Incompatible (no variant that the target takes),
+    UnsupportedModel (operators, naming nodes), OutOfMemory (naming the largest states)."""
+    name = choose(bundle.manifest, target, precision)
+    variant = bundle.manifest.variants[name]
+    manifest = replace(bundle.manifest, states=bundle.manifest.states_of(name))
+    check_opsets(name, variant, target)
+    profiles = profiles_of(manifest, target)
+    graphs, problems = [], []
+    for graph, spec in variant.graphs.items():
+        drawn = read_graph(bundle.path(spec.file))
+        problems += [f"graph {graph!r}: {why}" for why in refusals(target, drawn.nodes)]
+        graphs.append(_graph(bundle, manifest, graph, spec, drawn, profiles))
+    if problems:
+        raise UnsupportedModel(
+            "\n    ".join([f"{target.name} cannot parse variant {name}", *problems]),
+            where=str(bundle.root),
+            do="export it with --lowering portable, or choose another target",
+        )
+    plan = BuildPlan(
+        target=target,
+        bundle=manifest.name,
+        variant=name,
+        variant_id=variant.variant_id,
+        precision=variant.precision,
+        graphs=tuple(graphs),
+        memory=_memory(manifest, graphs, profiles),
+        building=BUILD_FACTOR * max(g.weights for g in graphs) + target.workspace_mb * MB,
+    )
+    check_memory(plan, manifest)
+    return plan
+
+
+def choose(manifest: Manifest, target: Target, precision: str | None) -> str:
+    """The variant to build: of the target's lowering, stepped, in its best precision."""
+    wanted = target.precisions if precision is None else (precision,)
+    if precision is not None and precision not in target.precisions:
+        raise UsageError(
+            f"{target.name} does not build precision {precision!r:.40}",
+            do=f"choose from: {', '.join(target.precisions)}",
+        )
+    for each in wanted:
+        for name, variant in manifest.variants.items():
+            stepped = manifest.parts(name) == manifest.program.parts
+            if (variant.precision, variant.lowering) == (each, target.lowering) and stepped:
+                return name
+    raise Incompatible(
+        f"{target.name} takes {target.lowering} graphs in {' or '.join(wanted)}; the bundle has "
+        f"{', '.join(manifest.variants)}",
+        do=f"export it with --lowering {target.lowering} --precision {wanted[0]}",
+    )
+
+
+def check_opsets(name: str, variant: VariantSpec, target: Target) -> None:
+    for domain, version in variant.opsets.items():
+        if domain != "ai.onnx" or version > target.opset:
+            raise UnsupportedModel(
+                f"variant {name} imports {domain} {version}, {target.name} parses ai.onnx up to "
+                f"{target.opset}",
+                do="export it with --lowering portable",
+            )
+
+
+def profiles_of(manifest: Manifest, target: Target) -> dict[str, dict[str, Span]]:
+    """Shape profile -> spans of all axes: those of a model that solves, or of one that decodes.
+
+    No capacity is above the model's context.
+    """
+    names = ("solve",) if manifest.solves else ("prefill", "step")
+    every = dict.fromkeys(("batch", "tokens", "select", "capacity"), ONE)
+    limits = {} if manifest.solves else dict.fromkeys(every.keys() - {"batch"}, manifest.context)
+    return {
+        name: {
+            axis: span.up_to(limits.get(axis, span.most))
+            for axis, span in (every | target.profiles[name]).items()
+        }
+        for name in names
+    }
+
+
+def spec_of(manifest: Manifest, wire: Wire) -> TensorSpec:
+    """dtype and shape of what a port is wired to."""
+    kind, _, name = endpoint_at(wire, 0).partition(".")
+    if kind == "state":
+        state = manifest.states[name]
+        return TensorSpec(state.dtype, state.shape)
+    if kind == "loop":
+        return TensorSpec("int64", ("batch",) if name == "steps" else ())
+    loop = manifest.program.loop
+    return {
+        "input": manifest.inputs,
+        "result": manifest.results,
+        "value": loop.values if loop else {},
+        "signal": loop.signals if loop else {},
+    }[kind][name]
+
+
+def _graph(
+    bundle: Bundle,
+    manifest: Manifest,
+    name: str,
+    spec: GraphSpec,
+    drawn: Drawn,
+    profiles: Mapping[str, Mapping[str, Span]],
+) -> GraphPlan:
+    inputs = {port: spec_of(manifest, wire) for port, wire in spec.inputs.items()}
+    operators = [node.operator for node in drawn.nodes]
+    tensors = {(r.location, r.offset): r.length for r in _external(bundle.path(spec.file))}
+    return GraphPlan(
+        name=name,
+        path=bundle.path(spec.file),
+        sha256=tuple(manifest.files[file].sha256 for file in (spec.file, *spec.data)),
+        inputs=inputs,
+        outputs={port: spec_of(manifest, wire) for port, wire in spec.outputs.items()},
+        profiles=tuple(
+            found
+            for found in (shape_profile(p, inputs, spans) for p, spans in profiles.items())
+            if found.shapes
+        ),
+        nodes=len(operators),
+        rounding=(operators.count("QuantizeLinear"), operators.count("DequantizeLinear")),
+        weights=sum(tensors.values()),
+        activations=max(drawn.activations(largest(spans)) for spans in profiles.values()),
+    )
+
+
+def _external(path: Path) -> Any:
+    return read_onnx_facts(path).external
+
+
+def shape_profile(
+    name: str, inputs: Mapping[str, TensorSpec], spans: Mapping[str, Span]
+) -> ShapeProfile:
+    shapes = {}
+    for port, spec in inputs.items():
+        if any(isinstance(axis, str) for axis in spec.shape):
+            low, best, high = (
+                resolve(spec.shape, {axis: getattr(span, size) for axis, span in spans.items()})
+                for size in ("least", "best", "most")
+            )
+            shapes[port] = (low, best, high)
+    return ShapeProfile(name, shapes)
+
+
+def largest(spans: Mapping[str, Span]) -> dict[str, int]:
+    return {axis: span.most for axis, span in spans.items()}
+
+
+def _memory(
+    manifest: Manifest, graphs: list[GraphPlan], profiles: Mapping[str, Mapping[str, Span]]
+) -> Memory:
+    axes = [largest(spans) for spans in profiles.values()]
+
+    def most(spec: TensorSpec | StateSpec) -> int:
+        width = np.dtype(spec.dtype).itemsize
+        return max(width * int(np.prod(resolve(spec.shape, at), dtype=np.int64)) for at in axes)
+
+    loop = manifest.program.loop
+    carried = [*loop.values.values()] * 2 if loop else []
+    once = [*manifest.inputs.values(), *manifest.results.values(), *carried]
+    return Memory(
+        weights=sum(graph.weights for graph in graphs),
+        activations=sum(graph.activations for graph in graphs),
+        states={name: 2 * most(spec) for name, spec in manifest.states.items()},
+        buffers=sum(most(spec) for spec in once),
+    )
+
+
+def check_memory(plan: BuildPlan, manifest: Manifest) -> None:
+    """Raise OutOfMemory, with the numbers, for what the target's memory will not hold."""
+    memory, target = plan.memory, plan.target
+    limit = target.memory_mb * MB
+    if plan.building > limit:
+        heaviest = max(plan.graphs, key=lambda graph: graph.weights)
+        raise OutOfMemory(
+            f"building graph {heaviest.name!r} takes about {plan.building / MB:,.0f} MB: "
+            f"{BUILD_FACTOR} times its weights of {heaviest.weights / MB:,.0f} MB, and a workspace "
+            f"of {target.workspace_mb:,} MB; {target.name} has {target.memory_mb:,} MB",
+            do="lower workspace_mb in the target, or export with fewer bits",
+        )
+    if memory.total <= limit:
+        return
+    lines = [
+        f"running needs {memory.total / MB:,.0f} MB, {target.name} has {target.memory_mb:,} MB",
+        f"weights {memory.weights / MB:,.0f} MB, activations {memory.activations / MB:,.0f} MB, "
+        f"inputs and results {memory.buffers / MB:,.0f} MB",
+        *_states(memory, manifest),
+    ]
+    raise OutOfMemory(
+        "\n    ".join(lines),
+        do="lower batch or capacity in the target's shape profiles, or export with a smaller "
+        "--context or fewer bits",
+    )
+
+
+def _states(memory: Memory, manifest: Manifest) -> Iterator[str]:
+    """The largest states, alike ones together."""
+    alike: dict[tuple[str, tuple[int | str, ...]], list[str]] = {}
+    for name, spec in manifest.states.items():
+        alike.setdefault((spec.dtype, spec.shape), []).append(name)
+    sizes = {key: sum(memory.states[n] for n in names) for key, names in alike.items()}
+    for key in sorted(sizes, key=lambda key: -sizes[key])[:3]:
+        (dtype, shape), names = key, alike[key]
+        listed = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} states)"
+        axes = ", ".join(map(str, shape))
+        yield f"state {listed}, {dtype} [{axes}]: {sizes[key] / MB:,.0f} MB"

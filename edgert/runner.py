@@ -134,12 +134,14 @@ class Runner:
         """Raise UsageError if no step may read guesses."""
         if self.can_speculate(halt):
             return
-        why = "a loop that ends early takes one token at a time"
-        if self.can_speculate():
-            do = "leave --halt out, or use --speculate off"
-        else:
-            why, do = "a state of this model cannot go back to where they were right", "use off"
-        raise UsageError(f"guesses cannot be checked: {why}", do=do)
+        why = (
+            "a loop that ends early takes one token at a time"
+            if self.can_speculate()
+            else "a state of this model is replaced by each step, so it cannot go back"
+        )
+        raise UsageError(
+            f"guesses cannot be checked: {why}", do="leave --speculate at auto, or off"
+        )
 
     def open(self, *, batch: int = 1, tokens: int = 1) -> Execution:
         """Fresh states for `batch` sequences with room for `tokens` each.

@@ -84,7 +84,8 @@ def adopt(session: Session, saved: SavedSession) -> None:
     session.record = Record(saved.record)
     if saved.guess:
         held = int(execution.lens[0])
-        execution.verify([session.tokens[held], *saved.guess], len(session.tokens) - held - 2)
+        said = len(session.tokens) - held - 1  # of the guesses; the newest is still to be taken
+        execution.verify([session.tokens[held], *saved.guess], said - 1)
     session.data = copy.deepcopy(saved.data)
     session.request = saved.request
     session.stream_id, session.forks = saved.stream, saved.forks

@@ -43,7 +43,6 @@ WINDOW = 8
 """Outcomes that a record holds for each length: a bit each, the newest lowest."""
 
 _BITS = 32  # a token id plus one fits
-_TOKEN = (1 << _BITS) - 1
 
 
 class Lookup:

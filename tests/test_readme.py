@@ -85,9 +85,10 @@ PUZZLES, PAUSED = "puzzles.txt", "puzzles.session"
 
 @pytest.fixture(scope="module")
 def ladder_bundle(tmp_path_factory) -> Path:
-    """The tiny bundle's model in every precision."""
+    """The tiny bundle's model in every precision, with keys and values of either kind."""
     out = tmp_path_factory.mktemp("bundles") / "ladder"
-    return export_bundle(speaking(), out, ExportOptions("fp32,int8,int4", ("ort",))).path
+    options = ExportOptions("fp32,int8,int4", ("ort",), kv="fp32,int8")
+    return export_bundle(speaking(), out, options).path
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_what_is_cheap_runs(
     bundle = model_a_bundle if "--ids" in typed.arguments else tiny_bundle
     if "bundles/sudoku4" in typed.arguments:
         bundle = copier_bundle
-    if "--precision" in typed.arguments:
+    if {"--precision", "--kv"} & set(typed.arguments):
         bundle = ladder_bundle
 
     def meant(argument: str) -> str:

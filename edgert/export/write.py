@@ -47,20 +47,20 @@ class ExportOptions:
     """What to make of a source. `sampling` are the bundle's defaults, over the source's own.
 
     precision  one, or several with commas between
-    kv         how each of them keeps keys and values, alike
     schemes    by precision, what is to differ from its usual scheme
     unrolled   add variants with a loop unrolled in one graph
     task       what the puzzles of a model that solves are, instead of what its source says
+    kv         how each precision keeps keys and values: one, or several with commas between
     """
 
     precision: str = "fp32"
-    kv: str = "fp32"
     lowerings: tuple[Lowering, ...] = DEFAULT_LOWERINGS
     sampling: dict[str, Any] | None = None
     name: str | None = None
     unrolled: bool = False
     task: str | None = None
     schemes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kv: str = "fp32"
 
     @property
     def precisions(self) -> tuple[str, ...]:

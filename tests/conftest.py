@@ -52,13 +52,14 @@ def tiny_bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ladder_bundle(tmp_path_factory) -> Path:
-    """The model of `tiny_bundle` in every precision."""
+    """The model of `tiny_bundle` in every precision, with keys and values of either kind."""
     from tiny_decoder import speaking
 
     from edgert.export.write import ExportOptions, export_bundle
 
     out = tmp_path_factory.mktemp("bundles") / "ladder"
-    return export_bundle(speaking(), out, ExportOptions("fp32,int8,int4", ("ort",))).path
+    options = ExportOptions("fp32,int8,int4", ("ort",), kv="fp32,int8")
+    return export_bundle(speaking(), out, options).path
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def test_what_is_cheap_runs(
     bundle = model_a_bundle if "--ids" in typed.arguments else tiny_bundle
     if "bundles/sudoku4" in typed.arguments:
         bundle = copier_bundle
-    if "--precision" in typed.arguments:
+    if {"--precision", "--kv"} & set(typed.arguments):
         bundle = ladder_bundle
 
     def meant(argument: str) -> str:

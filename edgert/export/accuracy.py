@@ -87,14 +87,15 @@ def sample(
     text: str | None = None,
     tokens: int = TOKENS,
     offset: float = 0.5,
+    window: int = WINDOW,
 ) -> Sample:
-    """Windows of together `tokens` tokens, evenly over the text (default: `topics`).
+    """Windows of `window` tokens, together `tokens`, evenly over the text (default: `topics`).
 
     offset  where in its stretch of the text a window lies: different ones do not overlap
     """
     chosen = (topics() if text is None else text)[:CHARACTERS]
     ids = np.asarray(tokenizer.encode(chosen, special=False), np.int64)
-    window = min(WINDOW, context, len(ids))
+    window = min(window, context, len(ids))
     count = max(1, min(tokens, len(ids)) // window)
     stretch = len(ids) // count
     starts = [i * stretch + int((stretch - window) * offset) for i in range(count)]

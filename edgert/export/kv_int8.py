@@ -17,7 +17,7 @@ Two rules beyond "the largest magnitude on the text, over 127":
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -72,6 +72,19 @@ class Int8KV:
                 node.attributes.add(ir.AttrString(f"{side}_quant_type", "PER_CHANNEL"))
             node.attributes.add(ir.AttrInt64("kv_cache_bit_width", 8))
 
+    def rounding(self) -> Cache:
+        """A cache as the graph's operator is one: torch rounds what is put into it."""
+
+        def cache(slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            key, value = kv_names(slot)
+            return rounded(k, key), rounded(v, value)
+
+        def rounded(x: Tensor, name: str) -> Tensor:
+            scale = torch.from_numpy(self.scales[name])[:, None]
+            return (x * (1 / scale)).round().clamp(LOW, HIGH) * scale
+
+        return cache
+
     def holding(self, codes: Mapping[str, Codes]) -> Cache:
         """A cache with these codes [B, m, C, d], by state, whatever is put into it."""
 
@@ -117,15 +130,24 @@ def calibrated(
         )
     windows = accuracy.sample(tokenizer, program.context, offset=0.0).windows
     with reporter.stage("reading", "text for the scales of keys and values"):
-        return Int8KV(_shared(program, ranges(program.reference, windows)))
+        return Int8KV(scales_of(program, ranges(program.reference, windows)))
 
 
-def ranges(reference: Referee, windows: Iterable[accuracy.Ids]) -> dict[str, Floats]:
+def radius(k: Tensor) -> Tensor:
+    """Rotated keys [..., d] -> the radius of the pair that each channel belongs to, [..., d]."""
+    return k.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
+
+
+def ranges(
+    reference: Referee,
+    windows: Iterable[accuracy.Ids],
+    size_of_keys: Callable[[Tensor], Tensor] = radius,
+) -> dict[str, Floats]:
     """The largest magnitude of each channel on windows of ids [T]: float32 [m, d] by state."""
     found: dict[str, Tensor] = {}
 
     def watch(slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        for name, size in zip(kv_names(slot), (_radius(k), v.abs()), strict=True):
+        for name, size in zip(kv_names(slot), (size_of_keys(k), v.abs()), strict=True):
             most = size.amax(dim=(0, 2))
             found[name] = torch.maximum(found[name], most) if name in found else most
         return k, v
@@ -135,13 +157,8 @@ def ranges(reference: Referee, windows: Iterable[accuracy.Ids]) -> dict[str, Flo
     return {name: most.numpy() for name, most in found.items()}
 
 
-def _radius(k: Tensor) -> Tensor:
-    """Rotated keys [..., d] -> the radius of the pair that each channel belongs to, [..., d]."""
-    return k.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, -1)
-
-
-def _shared(program: Program, found: Mapping[str, Floats]) -> dict[str, Floats]:
-    """Scales of ranges: one for all iterations of a block; 1 / 127 where there is nothing."""
+def scales_of(program: Program, found: Mapping[str, Floats]) -> dict[str, Floats]:
+    """Ranges -> scales, the same for all iterations of a block; 1 / 127 where there is nothing."""
     wide = dict(found)
     for wire in (wire for graph in program.graphs for wire in graph.inputs.values()):
         names = [end.removeprefix("state.") for end in endpoints(wire)]

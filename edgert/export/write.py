@@ -49,16 +49,15 @@ class ExportOptions:
     """What to make of a source. `sampling` are the bundle's defaults, over the source's own.
 
     precision  one, or several with commas between
-    kv         how each of them keeps keys and values, alike
     schemes    by precision, what is to differ from its usual scheme
     unrolled   add variants with a loop unrolled in one graph
     task       what the puzzles of a model that solves are, instead of what its source says
     max_drift  bounds what `edgert migrate` may change at a session's next token, in nats of KL
                (None: the runtime's own bound)
+    kv         how each precision keeps keys and values: one, or several with commas between
     """
 
     precision: str = "fp32"
-    kv: str = "fp32"
     lowerings: tuple[Lowering, ...] = DEFAULT_LOWERINGS
     sampling: dict[str, Any] | None = None
     name: str | None = None
@@ -66,6 +65,7 @@ class ExportOptions:
     task: str | None = None
     schemes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_drift: float | None = None
+    kv: str = "fp32"
 
     @property
     def precisions(self) -> tuple[str, ...]:

@@ -73,5 +73,6 @@ def generators(device: torch.device) -> list[torch.device]:
 
 
 def device_of(model: Model) -> torch.device:
-    """Where a model is: all of it is in one place."""
-    return next(model.parameters()).device
+    """Where a model is: all of it is in one place. Without weights that is the CPU."""
+    weight = next(model.parameters(), None)
+    return CPU if weight is None else weight.device

@@ -338,3 +338,49 @@ def parity(folder: Path) -> Target:
         through_file(folder / "parity.json", lambda path: _parity(path.parent))(data)
 
     return Target([json.dumps(seed).encode()], json_like([seed]), read)
+
+
+def accuracy(folder: Path) -> Target:
+    """What weights of few bits cost, as `inspect` reads it from a bundle, and as it prints it."""
+    from edgert.cli.show import accuracy_lines
+    from edgert.cli.use import _MEASURED, _accuracy
+
+    variant = dict.fromkeys(_MEASURED, 1.25) | {"within_budget": True, "precision": "int8"}
+    seed = {"format_version": 1, "variants": {"int8-ort": variant, "int4-ort": variant}}
+
+    def read(data: bytes) -> None:
+        found = through_file(folder / "accuracy.json", lambda path: _accuracy(path.parent))(data)
+        "\n".join(accuracy_lines(found)).encode()
+
+    return Target([json.dumps(seed).encode()], json_like([seed]), read)
+
+
+def halting(folder: Path) -> Target:
+    """The policy that a bundle's report recommends, of a loop over text or over a puzzle."""
+    from edgert.exits import parse_exit
+    from edgert.halting import REPORT, parse_halt
+    from edgert.model import _recommended
+    from edgert.spec import HaltSpec, LoopSpec
+
+    loop = LoopSpec(4, {}, {}, "none", HaltSpec("q", 0.0, 1, cumulative=False))
+    bundle = SimpleNamespace(
+        root=folder,
+        manifest=SimpleNamespace(reports=(REPORT,)),
+        path=lambda name: folder / name,
+    )
+
+    def read(path: Path) -> None:
+        try:
+            _recommended(bundle, parse_halt)
+        except EdgertError:
+            _recommended(bundle, lambda text: parse_exit(text, loop))
+
+    seeds = [
+        {"format_version": 1, "model_id": "0" * 64, "recommended": text, "points": [{"exact": 1.0}]}
+        for text in ("full", "settle:0.5:1:3", "fixed:2", "trained", "trained:0.5:1:2")
+    ]
+    return Target(
+        [json.dumps(seed).encode() for seed in seeds],
+        json_like(seeds),
+        through_file(folder / REPORT, read),
+    )

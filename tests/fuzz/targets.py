@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from puzzle_targets import arc, puzzleset, task
 from runtime_targets import (
+    accuracy,
     chat,
+    halting,
     locked,
     manifest,
     onnx,
@@ -21,6 +24,7 @@ from runtime_targets import (
     solving,
     tokenizer,
 )
+from solver_targets import hrm_checkpoint, hrm_config
 from source_targets import checkpoint, gguf, gguf_tokenizer, huggingface, recipe
 from target import Target
 from training_targets import trained, training_recipe
@@ -31,5 +35,6 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
         *(manifest, onnx, tokenizer, chat, sampling, session, locked, solving, puzzles, parity),
         *(gguf, gguf_tokenizer, checkpoint, huggingface, recipe),
         *(training_recipe, trained),
+        *(hrm_checkpoint, hrm_config, task, arc, puzzleset, accuracy, halting),
     )
 }

@@ -24,7 +24,7 @@ from typing import Any
 import click
 from peers_goals import ACCEPTED, MET
 from peers_page import goal_threads, page, show, summary
-from peers_report import Work
+from peers_report import REFERENCE, Work
 from peers_rounds import Plan, Results, Rounds
 from runtimes.setups import PEERS, Side, export_bundle, set_up
 from runtimes.workshop import Workshop
@@ -38,6 +38,7 @@ from edgert.tokenizer import load_tokenizer
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 WINDOW = 512
+PICTURED = {"prompt": 256, "depth": 512}
 
 
 def note(text: str) -> None:
@@ -187,7 +188,10 @@ def main(
         opened = Bundle.open(bundle, True)
         ids = text_ids(opened, text.read_text(encoding="utf-8"), work.capacity())
         shop = Workshop(cache, source, opened.manifest.weights_id, note)
-        ready, missing = set_up_all(shop, names, bundle)
+        scored = names if REFERENCE in names else [*names, REFERENCE]
+        ready, missing = set_up_all(shop, scored, bundle)
+        if not any(name in ready for name in names):
+            raise EdgertError("no side could be set up", do="see the reasons above")
         plan = Plan(ids, work, WINDOW, counts, rounds, repeats, attempts, patience)
         about = {
             "machine": machine(),
@@ -198,12 +202,13 @@ def main(
         }
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
         results = Results(cache / "runs" / f"{key}.json", about, resume)
-        run = Rounds(plan, ready, cache / "workers.log", note)
+        run = Rounds(plan, ready, names, cache / "workers.log", note)
         run.run(results)
     except EdgertError as error:
         note(f"error: {error}")
         sys.exit(error.exit_code)
-    found = summary(results, plan, about["sides"], missing | run.failed)
+    facts = {name: about["sides"][name] for name in run.timed}
+    found = summary(results, plan, facts, missing | run.failed)
     show(found)
     if json_file is not None:
         write(json_file, json.dumps(asdict(found) | {"rounds": results.rounds}, indent=1) + "\n")
@@ -213,7 +218,7 @@ def main(
         from peers_picture import picture
 
         at = goal_threads(plan)
-        picture(found.sides, found.table[at], plot, threads=at, prompt=256, depth=512)
+        picture(found.sides, found.table[at], plot, threads=at, **PICTURED)
     missed = strict and any(goal.verdict not in (MET, ACCEPTED) for goal in found.goals)
     sys.exit(1 if found.wrong or run.failed or missed else 0)
 

@@ -9,7 +9,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,10 +141,16 @@ class Plan:
 
 
 class Rounds:
-    """Runs a plan. A side that fails is left out from then on: `failed` says why."""
+    """Runs a plan. A side that fails is left out from then on: `failed` says why.
 
-    def __init__(self, plan: Plan, sides: Mapping[str, Side], log: Path, say: Say) -> None:
+    timed  names of sides; the others are scored alone
+    """
+
+    def __init__(
+        self, plan: Plan, sides: Mapping[str, Side], timed: Sequence[str], log: Path, say: Say
+    ) -> None:
         self.plan, self.sides, self.log, self.say = plan, dict(sides), log, say
+        self.timed = [name for name in timed if name in sides]
         self.failed: dict[str, str] = {}
 
     def run(self, results: Results) -> None:
@@ -156,7 +162,7 @@ class Rounds:
     def score(self, results: Results) -> None:
         """Perplexity of every side, once; it also brings all files into memory."""
         orders = {"score": self.plan.windows()}
-        for name in self._missing(results.scores):
+        for name in self._missing(self.sides, results.scores):
             answer = self._try(name, partial(self._ask, name, orders, max(self.plan.threads)))
             if answer is not None:
                 results.scores[name] = answer[-1][1]["costs"]
@@ -169,8 +175,8 @@ class Rounds:
         if key not in results.reading:
             await_quiet(QUIET, plan.patience)
             results.reading[key] = self._read_speed(threads)
-        names = self._missing(known)
-        turn = number % len(self.sides) if self.sides else 0
+        names = self._missing(self.timed, known)
+        turn = number % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
             begun = Window()
             attempt = partial(self._measure, name, threads)
@@ -181,11 +187,11 @@ class Rounds:
                 busy = disturbance(answer)
                 note = f", BUSY: others used {busy:.1f} CPUs" if busy > QUIET else ""
                 where = f"round {number + 1} of {plan.rounds}, {threads} threads"
-                done = f"{len(known)} of {len(self.sides)}"
+                done = f"{len(known)} of {len(self.timed)}"
                 self.say(f"{where}: {name} ({done}), {begun.elapsed():.0f} s{note}")
 
-    def _missing(self, known: Mapping[str, Any]) -> list[str]:
-        return [name for name in self.sides if name not in known and name not in self.failed]
+    def _missing(self, names: Iterable[str], known: Mapping[str, Any]) -> list[str]:
+        return [name for name in names if name not in known and name not in self.failed]
 
     def _try(self, name: str, attempt: Callable[[], Any]) -> Any:
         try:

@@ -366,7 +366,12 @@ def plan_of(**changes: Any) -> Any:
 class FakeRounds:
     """`Rounds` whose workers answer at once; `calls` are (side or 'read', threads)."""
 
-    def __new__(cls, names: tuple[str, ...], fails: dict[str, str] | None = None) -> Any:
+    def __new__(
+        cls,
+        names: tuple[str, ...],
+        fails: dict[str, str] | None = None,
+        timed: tuple[str, ...] | None = None,
+    ) -> Any:
         from peers_rounds import Rounds
 
         from edgert.errors import EdgertError
@@ -387,7 +392,8 @@ class FakeRounds:
                 return {"100000000": 20.0}
 
         sides = {name: None for name in names}
-        return Fake(plan_of(), sides, Path("log"), lambda text: None)
+        timed = names if timed is None else timed
+        return Fake(plan_of(), sides, timed, Path("log"), lambda text: None)
 
 
 def test_sides_take_turns_to_begin(tmp_path):
@@ -433,6 +439,17 @@ def test_a_side_that_fails_is_left_out(tmp_path):
     run.run(results)
     assert run.failed == {"genai-int4": "no such model"}
     assert run.calls.count(("genai-int4", 2)) == 1
+    assert all(list(round_) == ["edgert-int4"] for round_ in results.rounds.values())
+
+
+def test_a_side_may_be_scored_alone(tmp_path):
+    """What others are compared with needs no time of its own."""
+    from peers_rounds import Results
+
+    run = FakeRounds(("edgert-int4", "edgert-fp32"), timed=("edgert-int4",))
+    results = Results(tmp_path / "r.json", {}, False)
+    run.run(results)
+    assert list(results.scores) == ["edgert-int4", "edgert-fp32"]
     assert all(list(round_) == ["edgert-int4"] for round_ in results.rounds.values())
 
 

@@ -80,6 +80,31 @@ def rope_bundle(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def half_bundle(tmp_path_factory) -> Path:
+    """`tiny_decoder.speaking` in portable graphs, in fp32 and fp16."""
+    from tiny_decoder import speaking
+
+    from edgert.export.write import ExportOptions, export_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / "half"
+    options = ExportOptions(precision="fp32,fp16", lowerings=("portable",))
+    export_bundle(speaking(), out, options)
+    return out
+
+
+@pytest.fixture(scope="session")
+def half_solver(tmp_path_factory) -> Path:
+    """Case hrm/orig_rope_puzzle in portable graphs, in fp32 and fp16."""
+    from edgert.export.pipeline import export_source
+
+    out = tmp_path_factory.mktemp("bundles") / "half-rope"
+    source = HERE / "hrm" / "orig_rope_puzzle" / "step_1234"
+    chosen = {"precision": "fp32,fp16", "lowerings": ("portable",)}
+    export_source(source, out, settings={"seq_len": 25}, **chosen)
+    return out
+
+
+@pytest.fixture(scope="session")
 def copier_bundle(tmp_path_factory) -> Path:
     """`copier.copier`: a model that solves sudoku-4x4, where it is solved already."""
     from copier import copier

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickletools
@@ -112,7 +113,7 @@ DATASET: dict[str, Any] = {"seq_len": 4, "vocab_size": 5, "num_puzzle_identifier
 
 
 def hrm_checkpoint(folder: Path) -> Target:
-    """step_<n> with what stands beside it, and *.pt: the zip, each opcode of the pickle, tensors."""
+    """step_<n> and what is beside it, and *.pt: the zip, each opcode of the pickle, tensors."""
     import torch
 
     from edgert.models.importers.hrm import is_hrm, read_hrm
@@ -144,10 +145,8 @@ def hrm_checkpoint(folder: Path) -> Target:
         elif name in contents:
             content = contents[name]
             changed = _spoiled(draw, content) if part == "tensors" else _told(draw, content)
-            try:
+            with contextlib.suppress(UnicodeEncodeError, RecursionError):  # no file comes of it
                 files[name] = saved(changed)
-            except (UnicodeEncodeError, RecursionError):  # no file comes of it
-                pass
         return files
 
     def read(files: Files) -> None:

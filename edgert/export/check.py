@@ -184,7 +184,7 @@ def check_bundle(
             for name in [n for n, v in variants.items() if v.precision == precision]:
                 tight = TOLERANCE[precision]
                 if rewriter and rewriter.rounds:
-                    with twin(bundle, name, rewriter.exact, rewriter.rounds) as exact:
+                    with twin(bundle, name, rewriter.exact, rewriter.state_dtypes) as exact:
                         checks += _check(exact, name, gate, tight, "float32", reporter)
                     loose = ROUNDED[rewriter.rounds]
                     checks += _check(bundle, name, gate, loose, rewriter.rounds, reporter)

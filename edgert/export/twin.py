@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from edgert.bundle import Bundle
 
 @contextlib.contextmanager
 def twin(
-    bundle: Bundle, variant: str, edit: Callable[[ir.Model], object], undone: str | None = None
+    bundle: Bundle, variant: str, edit: Callable[[ir.Model], object], widened: Collection[str] = ()
 ) -> Iterator[Bundle]:
     """Meanwhile there is a bundle of this variant with edited graphs over the same weights file.
 
     Weights that an edit adds are stored in the graphs. It is good for a runner of `variant` alone.
-    undone  a dtype that the edit replaces by the declared one of the states
+    widened  states that the edit lets the graphs keep as the manifest declares them
     """
     with tempfile.TemporaryDirectory(dir=bundle.root) as folder:
         root = Path(folder)
@@ -34,7 +34,7 @@ def twin(
             else:
                 (root / file).hardlink_to(bundle.path(file))
         spec = bundle.manifest.variants[variant]
-        kept = {name: dtype for name, dtype in spec.state_dtypes.items() if dtype != undone}
+        kept = {name: dtype for name, dtype in spec.state_dtypes.items() if name not in widened}
         spec = replace(spec, state_dtypes=kept)
         variants = {**bundle.manifest.variants, variant: spec}
         yield Bundle(root, replace(bundle.manifest, variants=variants))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_every_prompt_is_answered_in_both_ways(tiny_bundle):
     for row in report["prompts"]:
         assert row["n_gen"] == 12
         assert row["unclear"] is None
-        assert len(row["ratios"]) == 2
+        assert len(row["ratios"]) == len(row["cpu_ratios"]) == 2
         assert row["accepted"] <= row["checked"]
         assert min(row["ms"].values()) > 0
     lines = ran(*command).splitlines()
@@ -72,7 +73,7 @@ def test_other_tokens_are_an_error_unless_rounding_decides(tiny_bundle, monkeypa
         assert speculate.check(model, prompt, made) is None
         right = made["auto"][0]
         wrong = (*right.tokens[:5], right.tokens[5] + 1, *right.tokens[6:])
-        made["auto"].append(right.__class__(**vars(right) | {"tokens": wrong}))
+        made["auto"].append(replace(right, tokens=wrong))
         with pytest.raises(click.ClickException, match="auto says other tokens .* token 5 on"):
             speculate.check(model, prompt, made)
         monkeypatch.setattr(speculate, "margin_of", lambda model: 1e9)

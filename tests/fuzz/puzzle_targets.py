@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from mutations import bytes_like, change_bytes, change_value, json_like, scalars
+from mutations import bytes_like, change_bytes, change_value, json_like
 from target import Target
 
 Files = dict[str, bytes]
@@ -45,7 +45,7 @@ def task(folder: Path) -> Target:
         board = find(name)
         cells = board.parse(text)
         assert (cells.dtype, cells.shape) == (np.int32, (board.seq_len,))
-        assert 0 <= cells.min()
+        assert cells.min() >= 0
         assert cells.max() < board.vocab_size
         assert np.array_equal(board.parse(board.text(cells)), cells)
         assert np.array_equal(board.encode(text), cells)
@@ -173,9 +173,7 @@ def _saved(array: Any) -> bytes:
 
 def _other(draw: Any, array: Any) -> Any:
     """Another array in its place: of another type, shape or order, or with other numbers."""
-    dtype = draw(
-        st.sampled_from(["u1", "i1", "<i4", ">i4", "<i8", "<u8", "<f4", "bool", "O", "U1"])
-    )
+    dtype = draw(st.sampled_from(["u1", "i1", "<i4", ">i4", "<i8", "<u8", "<f4", "?", "O", "U1"]))
     changes = [
         lambda: array.astype(dtype),
         lambda: array[:-1],

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -87,9 +88,12 @@ def test_gpus_are_connected_by_nccl_and_cpus_by_gloo(monkeypatch, device, backen
     """What torch is asked for: with CUDA, the process is bound to its GPU before anything else."""
     asked: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda d: asked.append(("current", str(d))))
-    monkeypatch.setattr(
-        workers.dist, "init_process_group", lambda name, device_id: asked.append((name, device_id))
-    )
+
+    def begin(name: str, device_id: torch.device | None, timeout: timedelta) -> None:
+        asked.append((name, device_id))
+        assert timeout > timedelta(hours=12)  # the first evaluates, and the others wait
+
+    monkeypatch.setattr(workers.dist, "init_process_group", begin)
     monkeypatch.setattr(workers.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(workers.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(workers.dist, "destroy_process_group", lambda: asked.append("ended"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from edgert.errors import UsageError
 from edgert.train.device import CPU
+
+PATIENCE = timedelta(days=1)
+"""How long others wait for the first, which evaluates alone; torchrun ends them if it dies."""
 
 
 class Workers:
@@ -89,7 +93,7 @@ def workers(device: torch.device = CPU) -> Iterator[Workers]:
     if count == 1 or "RANK" not in os.environ:
         yield Workers(device=device)
         return
-    dist.init_process_group("gloo" if gpu is None else "nccl", device_id=gpu)
+    dist.init_process_group("gloo" if gpu is None else "nccl", device_id=gpu, timeout=PATIENCE)
     try:
         yield Workers(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import pickletools
 import struct
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +34,12 @@ NUMPY = [
     np.array([{}], object),
 ]
 YAML = [
-    *(
-        "&a [1]",
-        "*a",
-        "<<: *a",
-        "!!python/object/apply:os.system [x]",
-        "!!binary aGk=",
-        "!!set {1}",
-    ),
-    *("!!float .inf", "!!int 1_0", "2026-01-01", "2026-99-99", "2026-01-01T99:99:99Z", "1:20:30"),
-    *("0x" + "f" * 4000, "9" * 5000, "1e999", "-.inf", ".nan", "~", "yes", "0o17", "? [a]: b"),
-    *(
-        "{<<: {a: 1}}",
-        "{? {a: b}: c}",
-        "!!omap [a: 1]",
-        "!!pairs [a: 1]",
-        "|\n  text",
-        "'",
-        '"\\u0',
-    ),
-    *("- " * 50 + "x", "[" * 2000, "{a: " * 500, "%YAML 9.9", "---\na: 1\n---\nb: 2", "\t", "\x85"),
+    *("&a [1]", "*a", "<<: *a", "{<<: {a: 1}}", "!!python/name:os.system", "!!binary aGk="),
+    *("!!set {1}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!float .inf", "!!int 1_0", "!!str"),
+    *("2026-01-01", "2026-99-99", "2026-01-01T99:99:99Z", "1:20:30", "1" + ":59" * 500),
+    *("0x" + "f" * 4000, "0o17", "9" * 5000, "1e999", "-.inf", ".nan", "~", "yes", "? [a]: b"),
+    *("{? {a: b}: c}", "|\n  text", "'", '"\\u0', "%YAML 9.9", "---\na: 1\n---\nb: 2", "\t"),
+    *("- " * 50 + "x", "[" * 2000, "{a: " * 500, "\x85", "\ufeff"),
 ]
 
 
@@ -113,7 +99,7 @@ DATASET: dict[str, Any] = {"seq_len": 4, "vocab_size": 5, "num_puzzle_identifier
 
 
 def hrm_checkpoint(folder: Path) -> Target:
-    """step_<n> and what is beside it, and *.pt: the zip, each opcode of the pickle, tensors."""
+    """step_<n> and what stands beside it, and *.pt: the zip, the pickle by opcodes, tensors."""
     import torch
 
     from edgert.models.importers.hrm import is_hrm, read_hrm
@@ -145,7 +131,7 @@ def hrm_checkpoint(folder: Path) -> Target:
         elif name in contents:
             content = contents[name]
             changed = _spoiled(draw, content) if part == "tensors" else _told(draw, content)
-            with contextlib.suppress(UnicodeEncodeError, RecursionError):  # no file comes of it
+            with suppress(UnicodeEncodeError, RecursionError):  # no file comes of it
                 files[name] = saved(changed)
         return files
 
@@ -191,9 +177,8 @@ def _spoiled(draw: Any, content: dict[str, Any]) -> dict[str, Any]:
         if other is None:
             changed.pop(name, None)
         elif draw(st.integers(0, 3)) == 0:
-            changed[draw(st.sampled_from(["halt_gate", "H_level.layers.9.x", "module.x", 3]))] = (
-                other
-            )
+            added = draw(st.sampled_from(["halt_gate", "H_level.layers.9.x", "module.x", 3]))
+            changed[added] = other
         else:
             changed[name] = other
     return content | {"model_state_dict": changed} if weights is not content else changed
@@ -243,13 +228,8 @@ _GLOBALS = [
 _OPCODES = [
     *(b"R", b"b", b"0", b"2", b"(", b")", b"]", b"}", b"t", b"s", b"u", b"a", b"e", b"N", b"Q"),
     *(b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b".", b"K\2", b"X\2\0\0\0f8", b"C\1a", b"h\0"),
-    *(
-        b"q\0",
-        b"r\xff\xff\xff\x7f",
-        b"j\xff\xff\xff\x7f",
-        b"\x8a\xff" + b"\1" * 255,
-        b"G" + b"\x7f" * 8,
-    ),
+    *(b"q\0", b"r\xff\xff\xff\x7f", b"j\xff\xff\xff\x7f"),
+    *(b"\x8a\xff" + b"\1" * 255, b"G" + b"\x7f" * 8),
     *(b"X" + struct.pack("<I", 1 << 31), b"B" + struct.pack("<I", (1 << 32) - 1), b"\x80\5"),
     *(b"\x8e" + struct.pack("<Q", 1 << 62), b"\x95" + struct.pack("<Q", 1 << 62), b"\x94", b"\x93"),
 ]

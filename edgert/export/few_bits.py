@@ -107,7 +107,7 @@ def accuracy_of(
         return None
     bundle = Bundle.open(work, verify=False)
     sample = accuracy.sample(tokenizer, program.context)
-    found = accuracy.measure(bundle, program, sample.windows, reporter)
+    found = accuracy.measure(bundle, program, rewriters, sample.windows, reporter)
     report = accuracy.report(bundle, rewriters, found, sample.origin)
     for name, one in report["variants"].items():
         if not one["within_budget"]:

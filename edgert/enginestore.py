@@ -102,7 +102,7 @@ def read_engine(path: Path, made_for: Mapping[str, Any]) -> tuple[Any, bytes] | 
     body = memoryview(data)[_START:]
     if not hmac.compare_digest(data[len(MAGIC) : _START], _mac(own_key(), [body])):
         raise Incompatible(
-            "the engine was not built by this user here, or it is damaged",
+            "the engine was not built here by this user, or is damaged",
             where=str(path),
             do=_REBUILD,
         )

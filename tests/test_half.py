@@ -66,8 +66,8 @@ def test_keys_and_values_are_half_and_what_is_read_is_not(half_bundle):
     """The manifest says so of one variant alone, and states the version that this takes."""
     manifest = read_manifest(half_bundle)
     assert manifest.format_version == 4
-    assert manifest.variants["fp32-portable"].append_dtype is None
-    assert manifest.variants["fp16-portable"].append_dtype == "float16"
+    assert manifest.variants["fp32-portable"].state_dtypes == {}
+    assert set(manifest.variants["fp16-portable"].state_dtypes.values()) == {"float16"}
     (graph,) = graphs_of(half_bundle).values()
     types = {v.name: v.dtype for v in (*graph.inputs, *graph.outputs)}
     assert {d for n, d in types.items() if n.startswith(("k.", "v."))} == {HALF}
@@ -224,6 +224,6 @@ def test_an_identity_says_in_what_keys_are_kept(half_bundle):
     """Two variants that differ in nothing else are not the same for a session."""
     manifest = Bundle.open(half_bundle, verify=False).manifest
     variant = manifest.variants["fp16-portable"]
-    other = replace(variant, append_dtype=None)
+    other = replace(variant, state_dtypes={})
     changed = seal(replace(manifest, variants={**manifest.variants, "fp16-portable": other}))
     assert changed.variants["fp16-portable"].variant_id != variant.variant_id

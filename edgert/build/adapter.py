@@ -29,7 +29,6 @@ HOLDS = {
     "config": "IBuilderConfig",
     "error": "ParserError",
     "layer": "ILayer",
-    "memory": "IHostMemory",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
     "profile": "IOptimizationProfile",
@@ -166,7 +165,8 @@ def _compare(trt: Any, network: Any, plan: GraphPlan) -> None:
             wrong.append(f"{side}.{name}: {'not in the manifest' if name in found else 'missing'}")
         for name in found.keys() & wanted.keys():
             wrong += [f"{side}.{name}: {why}" for why in _unlike(trt, found[name], wanted[name])]
-    kinds = [network.get_layer(at).type for at in range(network.num_layers)]
+    layers = [network.get_layer(at) for at in range(network.num_layers)]
+    kinds = [layer.type for layer in layers]
     counts = (kinds.count(trt.LayerType.QUANTIZE), kinds.count(trt.LayerType.DEQUANTIZE))
     if counts != plan.rounding:
         wrong.append(f"{counts} layers that quantize and dequantize, {plan.rounding} in the file")
@@ -236,7 +236,12 @@ def _timed(config: Any, target: Target, timings: bytes) -> Iterator[Callable[[],
         return
     timing = config.create_timing_cache(timings)
     used = timing is not None and config.set_timing_cache(timing, False)
-    yield lambda: bytes(config.get_timing_cache().serialize()) if used else timings
+
+    def remembered() -> bytes:
+        timing = config.get_timing_cache()
+        return bytes(timing.serialize())
+
+    yield remembered if used else lambda: timings
 
 
 def _progress(trt: Any, advance: Advance) -> Any:

@@ -163,7 +163,7 @@ def _parity_table(verdict: Verdict) -> list[str]:
         "free": "iterations, free-running",
         "whole": "iterations in one graph",
     }
-    rounds = {"float32": "", "int8": " (int8)"}
+    rounds = {"float32": "", "int8": " (int8)", "float16": " (rounded)", "cpu": " (cpu)"}
     names = [c.variant + rounds[c.activations] for c in verdict.checks]
     width = max(map(len, names)) + 2
 

@@ -11,6 +11,7 @@ trained on them: the ratio asks for no unseen text), unless another is given.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import math
@@ -27,6 +28,7 @@ from edgert.backends import open_backend
 from edgert.bundle import Bundle
 from edgert.evaluate import cross_entropy, divergence
 from edgert.export.rewriter import Rewriter
+from edgert.export.twin import twin
 from edgert.models.importers import Imported
 from edgert.models.program import Program
 from edgert.progress import Reporter
@@ -141,13 +143,33 @@ class Tally:
 
 
 def measure(
-    bundle: Bundle, program: Program, windows: Sequence[Ids], reporter: Reporter
+    bundle: Bundle,
+    program: Program,
+    rewriters: Mapping[str, Rewriter],
+    windows: Sequence[Ids],
+    reporter: Reporter,
 ) -> dict[str, Accuracy]:
     """Every inexact variant of a bundle, run by the runtime, against eager torch in float32."""
-    names = inexact(bundle.manifest)
+    variants, names = bundle.manifest.variants, inexact(bundle.manifest)
     backend = open_backend("cpu")
-    runners = {name: Runner(bundle, name, backend) for name in names}
-    tallies = {name: Tally() for name in names}
+    with contextlib.ExitStack() as stack:
+        runners = {}
+        for name in names:
+            rewriter, run = rewriters.get(variants[name].precision), bundle
+            if rewriter is not None and rewriter.emulated:
+                rounding = twin(bundle, name, rewriter.emulate, rewriter.state_dtypes)
+                run = stack.enter_context(rounding)
+            runners[name] = Runner(run, name, backend)
+        return _measure(program, runners, windows, reporter)
+
+
+def _measure(
+    program: Program,
+    runners: Mapping[str, Runner],
+    windows: Sequence[Ids],
+    reporter: Reporter,
+) -> dict[str, Accuracy]:
+    tallies = {name: Tally() for name in runners}
     assert program.reference is not None, "a decoder"
     logits = np.empty((max(map(len, windows)), program.vocab_size), np.float32)
     with reporter.stage("accuracy", "against fp32 on a text", len(windows)) as advance:

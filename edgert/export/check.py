@@ -166,7 +166,8 @@ def check_bundle(
 
     rewriters  by precision, of the variants that store other weights than the model's: eager torch
                computes with theirs. A variant that rounds activations is run twice: as a twin that
-               does not, against the tight tolerance, and as it is, against `ROUNDED`.
+               does not, against the tight tolerance, and as it is, against `ROUNDED`; if the CPU
+               leaves the rounding out, as a twin that does it, too.
     kv         the scales of the variants that keep keys and values in int8
     Raises GateFailed at the first difference beyond the tolerance: the state or result, the
     variant, the check, the step, the index and both values.
@@ -184,10 +185,15 @@ def check_bundle(
             for name in [n for n, v in variants.items() if v.precision == precision]:
                 tight = TOLERANCE[precision]
                 if rewriter and rewriter.rounds:
-                    with twin(bundle, name, rewriter.exact, rewriter.state_dtypes) as exact:
+                    kept = rewriter.state_dtypes
+                    with twin(bundle, name, rewriter.exact, kept) as exact:
                         checks += _check(exact, name, gate, tight, "float32", reporter)
                     loose = ROUNDED[rewriter.rounds]
-                    checks += _check(bundle, name, gate, loose, rewriter.rounds, reporter)
+                    if rewriter.emulated:
+                        with twin(bundle, name, rewriter.emulate, kept) as rounds:
+                            checks += _check(rounds, name, gate, loose, rewriter.rounds, reporter)
+                    stored = "cpu" if rewriter.emulated else rewriter.rounds
+                    checks += _check(bundle, name, gate, loose, stored, reporter)
                 else:
                     checks += _check(bundle, name, gate, tight, "float32", reporter)
     return Verdict(inputs, checks)

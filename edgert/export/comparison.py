@@ -37,7 +37,8 @@ costs is measured on a text (accuracy.json).
 class Check:
     """One way of running one variant. `worst` is the largest difference as a share of the limit.
 
-    activations    float32, or int8 where the variant rounds them and its exact twin has passed
+    activations    float32, or int8 or float16 where the variant rounds them and its exact twin has
+                   passed; "cpu": what becomes of float16 in the CPU's kernels
     paths_max_abs  how far these logits are from those of the same graph's `prefill`
     """
 

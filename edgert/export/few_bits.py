@@ -108,7 +108,7 @@ def accuracy_of(
         reporter.line("note", "accuracy not measured: the model has no tokenizer to read a text")
         return None
     sample = accuracy.sample(tokenizer, program.context)
-    found = accuracy.measure(bundle, program, sample.windows, reporter)
+    found = accuracy.measure(bundle, program, rewriters, sample.windows, reporter)
     report = accuracy.report(bundle, rewriters, found, sample.origin)
     for name, one in report["variants"].items():
         if not one["within_budget"]:

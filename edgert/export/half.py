@@ -8,8 +8,9 @@
                      goes round a loop, halting scores, logits
 
 It is the policy of torch.autocast. Products are what takes time and memory; sums of squares and
-recurrences are what overflows and drifts. A strongly typed compiler has to follow it, and the same
-file runs in ONNX Runtime.
+recurrences are what overflows and drifts. A strongly typed compiler has to follow it. The same file
+runs in ONNX Runtime, whose CPU kernels compute fp16 products in float32 and leave the casts between
+out, even unoptimized: that would hide an overflow, so the gate looks at a graph that rounds.
 
 Not done with onnxruntime.transformers.float16, whose blocked nodes are no islands: it rounds every
 value between two of them to float16, so that x * x overflows above 255 however it is listed.
@@ -68,6 +69,7 @@ class Halver:
     mixed: dict[str, Any] | None = None
     lowering: Lowering = "portable"
     rounds: str | None = "float16"
+    emulated = True
 
     def __init__(self, program: Program) -> None:
         self.module = program.weights
@@ -94,6 +96,9 @@ class Halver:
 
     def exact(self, model: ir.Model) -> None:
         widened(model)
+
+    def emulate(self, model: ir.Model) -> None:
+        rounding(model)
 
     def _stored(self, value: ir.Value) -> bool:
         """Whether an initializer is stored in float16: as other graphs of the program store it.
@@ -233,6 +238,42 @@ def widened(model: ir.Model) -> None:
     for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
         if value.dtype == HALF:
             value.type = ir.TensorType(FULL)
+
+
+def rounding(model: ir.Model) -> None:
+    """Everything in float32, and each value that was float16 is rounded to it and back.
+
+    Between the two casts stands an operator that has a kernel for float16, or they would be removed.
+    """
+    graph = model.graph
+    halves = [node.outputs[0] for node in graph if _makes_half(node)]
+    widened(model)
+    axis = ir.Value(
+        name="rounding.axis",
+        type=ir.TensorType(ir.DataType.INT64),
+        shape=ir.Shape([1]),
+        const_value=ir.Tensor(np.zeros(1, np.int64), name="rounding.axis"),
+    )
+    graph.register_initializer(axis)
+    for value in halves:
+        maker = value.producer()
+        assert maker is not None
+        readers = list(value.uses())
+        down = _cast_node(value, HALF, f"{value.name}.down")
+        lifted = ir.node("Unsqueeze", [down.outputs[0], axis], name=f"{value.name}.lift")
+        lifted.outputs[0].name = f"{value.name}.lifted"
+        up = _cast_node(lifted.outputs[0], FULL, f"{value.name}.up")
+        rounded = ir.node("Squeeze", [up.outputs[0], axis], name=f"{value.name}.round")
+        rounded.outputs[0].name = f"{value.name}.rounded"
+        for use in readers:
+            use.node.replace_input_with(use.idx, rounded.outputs[0])
+        graph.insert_after(maker, [down, lifted, up, rounded])
+
+
+def _makes_half(node: ir.Node) -> bool:
+    """A cast or product, whose values are rounded; what only moves has rounded ones already."""
+    makes = node.op_type == "Cast" or node.op_type in PRODUCTS
+    return makes and node.outputs[0].dtype == HALF
 
 
 def _digest(tensor: torch.Tensor | NDArray[np.generic]) -> bytes:

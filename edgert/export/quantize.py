@@ -45,6 +45,7 @@ class Quantizer:
     mixed: dict[str, Any] | None = None
     lowering: Lowering = "ort"
     state_dtypes: Mapping[str, str] = MappingProxyType({})
+    emulated = False
 
     def __init__(
         self, module: torch.nn.Module, scheme: Scheme, moments: Mapping[str, Moments] | None = None
@@ -81,6 +82,9 @@ class Quantizer:
 
     def exact(self, model: ir.Model) -> None:
         in_float32(model)
+
+    def emulate(self, model: ir.Model) -> None:
+        """The CPU's kernels round by themselves."""
 
     def rewrite(self, model: ir.Model, part: TracedGraph | None = None) -> None:
         """Replace what can be replaced in a traced graph."""

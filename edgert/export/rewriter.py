@@ -22,6 +22,7 @@ class Rewriter(Protocol):
     lowering      of the graphs that it rewrites
     state_dtypes  of the states that its graphs keep in another dtype than the program's
     rounds        what activations are rounded to as they are multiplied; None: they are not
+    emulated      whether that shows only in a graph that was changed by `emulate`
     """
 
     scheme: Any
@@ -42,6 +43,12 @@ class Rewriter(Protocol):
     def exact(self, model: ir.Model) -> None:
         """Undo the rounding of activations in a rewritten graph: it then computes in float32 with
         the values that it stores."""
+
+    @property
+    def emulated(self) -> bool: ...
+
+    def emulate(self, model: ir.Model) -> None:
+        """Let ONNX Runtime's CPU kernels round where a device does that is made for it."""
 
     def tensors(self) -> Iterator[NDArray[np.generic]]:
         """What the rewritten graphs hold in place of the model's weights."""

@@ -33,8 +33,8 @@ USEFUL = 0.01
 """Share of the magnitude up to which a limit is one: a wrong weight or carry moves whole per
 cents."""
 
-COARSER = {"float32": 1.0, "float16": 2.0**13}
-"""Unit roundoff of a type, in that of float32."""
+COARSER = {"float32": 1.0, "float16": 2.0**13, "cpu": 2.0**13}
+"""Unit roundoff of a type, in that of float32. `cpu`: some of it, see half.py."""
 
 COARSE_USEFUL = 0.1
 """As `USEFUL`, where activations are rounded to fewer bits: only what overflows or is plainly wrong

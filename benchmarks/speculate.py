@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 import numpy as np
-from peer_measure import Window, await_quiet
+from runtimes.measure import Window, await_quiet
 from speculate_prompts import EDIT, OPEN
 
 import edgert

@@ -33,7 +33,7 @@ from edgert.state import check_layout, rows_in
 from edgert.tensors import Array
 from edgert.vault import key_from
 
-MAX_DRIFT = 0.1
+MAX_DRIFT = 0.5
 """Nats of KL at the next token that a carried state may cost, unless the bundle says otherwise
 (`max_drift`). docs/session.md has what moves between precisions cost."""
 
@@ -66,6 +66,7 @@ def migrate(
     output: str | os.PathLike[str],
     *,
     replay: bool = False,
+    max_drift: float | None = None,
     passphrase: str | None = None,
     key_file: str | os.PathLike[str] | None = None,
     advanced: Callable[[int, int], None] | None = None,
@@ -76,6 +77,7 @@ def migrate(
     to        a bundle with that variant; `options` are those of `load`, which choose it
     output    the file of the new session, written whole or not at all
     replay    take the recomputed state, also where the old one could be carried over
+    max_drift nats that a carried state may cost, instead of the bundle's bound
     advanced  called with the tokens recomputed so far, and all there are
     An encrypted session stays so, with the same passphrase or key file.
     Raises SessionMismatch (another model's session), ExcessiveDrift (the old state is further from
@@ -100,7 +102,8 @@ def migrate(
                 where=str(where),
                 do=f"name another one (--variant) of: {', '.join(model.manifest.variants)}",
             )
-        moved, state = _moved(model, saved, where, target, replay, advanced)
+        bound = bound_of(model) if max_drift is None else max_drift
+        moved, state = _moved(model, saved, where, target, None if replay else bound, advanced)
         nbytes = write_session(target, moved, key)
         return Migration(
             name=model.manifest.name,
@@ -108,7 +111,7 @@ def migrate(
             variant_id=runner.variant.variant_id,
             move=moved.moves[-1],
             state=state,
-            bound=bound_of(model),
+            bound=bound,
             nbytes=nbytes,
         )
 
@@ -135,10 +138,11 @@ def _moved(
     saved: SavedSession,
     where: Path,
     target: Path,
-    replay: bool,
+    bound: float | None,
     advanced: Callable[[int, int], None] | None,
 ) -> tuple[SavedSession, str | None]:
-    """The session as the model's own, and the name of the state that differs most."""
+    """The session as the model's own, and the name of the state that differs most. Without a bound
+    its state is computed anew."""
     check_tokens(model, saved, str(where))
     there, count, stamp = saved.bundle, int(saved.tokens.size), mark()
     new = replace(
@@ -151,16 +155,18 @@ def _moved(
     execution = model.runner.open(tokens=max(1, count))
     carried = _carried(model, new, where, execution.states.specs) if count else None
     own, following = _recomputed(execution, new, advanced)
-    how = "recomputed" if replay or carried is None else "carried"
+    how = "recomputed" if bound is None or carried is None else "carried"
     move = Move(there.variant, there.variant_id, how, count, None, None, None, new.created)
     state = None
     if carried is not None and following is not None:
         state, max_abs = _furthest(new.states, own.states)
-        kl = max(0.0, float(divergence(following[0][None], carried[0][None])[0]))
+        kl = float(divergence(following[0][None], carried[0][None])[0])
+        kl = 0.0 if kl < 0.0 else kl  # by rounding; what is no number stays so
         same = carried[1] == following[1]
         move = replace(move, max_abs=_number(max_abs), kl=_number(kl), top1=same)
-        if how == "carried" and not (kl <= bound_of(model) and math.isfinite(max_abs)):
-            raise _too_far(model, move, f"{where}: state {state} differs by {max_abs:.3g}")
+        if bound is not None and not (kl <= bound and math.isfinite(max_abs)):
+            here = model.runner.variant_name
+            raise _too_far(move, here, bound, f"{where}: state {state} differs by {max_abs:.3g}")
     kept = new if how == "carried" else own
     return replace(kept, moves=(*saved.moves, move)[-MAX_MOVES:]), state
 
@@ -229,12 +235,15 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _too_far(model: Model, move: Move, where: str) -> ExcessiveDrift:
-    here = model.runner.variant_name
-    cost = "no number of" if move.kl is None else f"{move.kl:.3g}"
+def _too_far(move: Move, here: str, bound: float, where: str) -> ExcessiveDrift:
+    cost = "leads to no numbers"
+    if move.kl is not None and move.max_abs is not None:
+        cost = (
+            f"changes the next token's distribution by {move.kl:.3g} nats of KL, "
+            f"{bound:g} are allowed"
+        )
     return ExcessiveDrift(
-        f"the state of {move.variant} is too far from what {here} computes itself: it changes the "
-        f"next token's distribution by {cost} nats of KL, {bound_of(model):g} are allowed",
+        f"the state of {move.variant} is too far from what {here} computes itself: it {cost}",
         where=where,
         do="take the state that it computes itself:  edgert migrate ... --replay",
     )

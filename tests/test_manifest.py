@@ -405,3 +405,29 @@ def test_stored_identity_must_be_that_of_the_content(tmp_path, path):
     steps = path.split(".")
     rewrite(root, lambda m: parent_of(m, steps).update({steps[-1]: "00" * 32}))
     assert f"{path}: is not that of the content" in refusal(root)
+
+
+def _with_drift(value: Any, version: int = 4) -> bytes:
+    manifest = manifest_to_json(replace(tiny_manifest(), format_version=4))
+    sealed = reference() | {key: manifest[key] for key in ("task", "tables")}
+    sealed["program"] = manifest["program"]
+    return json.dumps(sealed | {"format_version": version, "max_drift": value}).encode()
+
+
+@pytest.mark.parametrize("value", [None, 0, 0.25, 3])
+def test_a_bundle_may_bound_the_drift_of_sessions(tmp_path, value):
+    (tmp_path / "manifest.json").write_bytes(_with_drift(value))
+    assert read_manifest(tmp_path).max_drift == value
+
+
+@pytest.mark.parametrize("value", [-0.1, True, "0.1", [0.1]])
+def test_a_bound_that_is_none_is_refused(tmp_path, value):
+    assert "max_drift: " in problems_of(_with_drift(value), tmp_path)
+
+
+def test_the_bound_is_of_version_4(tmp_path):
+    """Earlier versions have no such key, and version 4 needs it."""
+    assert "max_drift: unknown key" in problems_of(_with_drift(0.1, 3), tmp_path)
+    manifest = json.loads(_with_drift(0.1))
+    del manifest["max_drift"]
+    assert problems_of(json.dumps(manifest).encode(), tmp_path).endswith("max_drift: missing")

@@ -51,7 +51,7 @@ def migrate(session: Path, to: Path, output: Path, as_json: bool, **given: Any) 
 
     The state goes along where the new variant lays it out alike. What that changes is measured:
     the new variant reads all tokens, and its own state and next token are compared. Beyond what
-    the bundle allows (max_drift; 0.1 nats of KL where it says nothing) nothing is written, and the
+    the bundle allows (max_drift; 0.5 nats of KL where it says nothing) nothing is written, and the
     exit code is 4. Where the layouts differ, or with --replay, the recomputed state is taken.
 
     The old file is not changed. An encrypted session stays encrypted.

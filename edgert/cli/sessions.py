@@ -71,14 +71,16 @@ def _read(file: Path, keys: dict[str, Any]) -> SavedSession | SavedSolving:
 
 
 def _lines(facts: dict[str, Any]) -> tuple[str, dict[str, str]]:
-    request = facts["request"]
-    return f"{facts['n_session']} tokens", {
+    request, moves = facts["request"], facts["moves"]
+    lines = {
         "answer": "none yet" if request is None else _settings(request),
         "state": f"{facts['n_states']} states, {size(facts['state_bytes'])}, room for "
         f"{facts['capacity']} tokens",
         "data": ", ".join(facts["data"]) or "none",
-        **({"moved": _move(facts["moves"][-1])} if facts["moves"] else {}),
     }
+    if moves:
+        lines["moved"] = _move(moves[-1])
+    return f"{facts['n_session']} tokens", lines
 
 
 def _move(move: dict[str, Any]) -> str:

@@ -10,14 +10,18 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "bundles", "benchmarks", "docs"
-)
+AT_THE_TOP = {"build", "dist", "bundles", "benchmarks", "docs"}  # edgert/build is source
+ANYWHERE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+
+
+def not_source(folder: str, names: list[str]) -> set[str]:
+    """What `shutil.copytree` leaves out."""
+    return ANYWHERE(folder, names) | (AT_THE_TOP if Path(folder) == ROOT else set())
 
 
 def copy_source(to: Path) -> Path:
     """A copy of what a build reads, without what earlier builds left."""
-    return Path(shutil.copytree(ROOT, to, ignore=NOT_SOURCE))
+    return Path(shutil.copytree(ROOT, to, ignore=not_source))
 
 
 def build(kind: str, source: Path, out: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -156,10 +157,10 @@ def test_the_runner_refuses_unknown_targets():
     """A typing error is not a run without failures."""
     got = fuzz("manifset")
     assert got.returncode == 2
-    assert "there is no target 'manifset'; choose of manifest, onnx" in got.stderr
+    assert "there is no target 'manifset'; choose of " in got.stderr
 
 
 def test_the_runner_knows_all_targets():
     """It lists them without importing what they import."""
     got = fuzz("--help")
-    assert ", ".join(TARGETS) in " ".join(got.stdout.split())
+    assert set(TARGETS) <= set(re.findall(r"\w+", got.stdout))

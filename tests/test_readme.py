@@ -65,6 +65,7 @@ def test_every_command_parses(typed, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for argument in typed.arguments:
         if Path(argument).suffix == ".txt":
+            (tmp_path / argument).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / argument).touch()  # a file to be read is opened at once
     verb, *rest = typed.arguments
     command = cli.commands[verb]

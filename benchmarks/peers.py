@@ -203,7 +203,10 @@ def main(
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
         results = Results(cache / "runs" / f"{key}.json", about, resume)
         run = Rounds(plan, ready, names, cache / "workers.log", note)
-        run.run(results)
+        try:
+            run.run(results)
+        except KeyboardInterrupt:
+            note("interrupted; the same command with --resume goes on. So far:")
     except EdgertError as error:
         note(f"error: {error}")
         sys.exit(error.exit_code)

@@ -10,14 +10,18 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SOURCE = shutil.ignore_patterns(
-    ".*", "__pycache__", "*.egg-info", "build", "dist", "bundles", "benchmarks", "docs"
-)
+ANYWHERE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+AT_THE_TOP = shutil.ignore_patterns("build", "dist", "bundles", "benchmarks", "docs")
 
 
 def copy_source(to: Path) -> Path:
     """A copy of what a build reads, without what earlier builds left."""
-    return Path(shutil.copytree(ROOT, to, ignore=NOT_SOURCE))
+
+    def not_source(folder: str, names: list[str]) -> set[str]:
+        top = AT_THE_TOP(folder, names) if Path(folder) == ROOT else set()
+        return top | ANYWHERE(folder, names)
+
+    return Path(shutil.copytree(ROOT, to, ignore=not_source))
 
 
 def build(kind: str, source: Path, out: Path) -> Path:

@@ -240,7 +240,7 @@ def widened(model: ir.Model) -> None:
 def rounding(model: ir.Model) -> None:
     """Everything in float32, and each value that was float16 is rounded to it and back.
 
-    Between the two casts stands an operator that has a kernel for float16, or they would be removed.
+    Between the two casts stands an operator that has a kernel for float16, or they would vanish.
     """
     graph = model.graph
     halves = [node.outputs[0] for node in graph if _makes_half(node)]

@@ -3,8 +3,9 @@
     python benchmarks/engines.py bundles/smollm2-135m-instruct
     python benchmarks/engines.py tests/cases/hagi/model_?/step-*.pt --into docs/tensorrt.md
 
-An argument that is no bundle is exported first, to portable graphs in fp32 and fp16. Prints a
-Markdown table, or with --json one object; --into puts the table into a document, between its marks.
+An argument that is no bundle is exported first, to portable graphs in fp32 and fp16; what its files
+lack of its config may follow it (`step_1234:seq_len=25`). Prints a Markdown table, or with --json
+one object; --into puts the table into a document, between its marks.
 Times are of a single build each: they give the order of magnitude. Engines run nowhere.
 """
 
@@ -19,8 +20,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edgert.build.adapter import compile_graph
 from edgert.build.device import load_compiler
@@ -47,14 +46,10 @@ class Row:
     seconds: float
 
 
-def export(source: Path, out: Path) -> Path:
-    """A bundle of a checkpoint. One of a test case has its number of cells in the case's arrays."""
+def export(source: Path, settings: dict[str, int], out: Path) -> Path:
+    """A bundle of a checkpoint."""
     from edgert.export.pipeline import export_source
 
-    arrays, settings = source.parent / "io.npz", {}
-    if arrays.is_file() and "puzzle" in source.parent.name:
-        with np.load(arrays, allow_pickle=False) as case:
-            settings["seq_len"] = int(case["input_ids"].shape[1])
     options = {"precision": ",".join(PRECISIONS), "lowerings": ("portable",), "settings": settings}
     export_source(source, out, **options)
     return out
@@ -97,17 +92,20 @@ def put(text: str, document: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="+", type=Path, help="bundles, or checkpoints to export")
+    parser.add_argument("models", nargs="+", help="bundles, or checkpoints to export")
     parser.add_argument("--into", type=Path, metavar="FILE", help="a document with the two marks")
     parser.add_argument("--json", action="store_true", help="one object instead of a table")
     given = parser.parse_args()
     trt = load_compiler(find("rtx-check"))
     found: list[Row] = []
-    for source in given.models:
+    for argument in given.models:
+        place, _, setting = argument.partition(":")
+        key, _, value = setting.partition("=")
+        source, settings = Path(place), {key: int(value)} if key else {}
         with tempfile.TemporaryDirectory() as folder:
             is_bundle = (source / MANIFEST).is_file()
             name = source.name if is_bundle else source.parent.name
-            bundle = source if is_bundle else export(source, Path(folder) / "bundle")
+            bundle = source if is_bundle else export(source, settings, Path(folder) / "bundle")
             for row in rows(bundle, name, trt):
                 found.append(row)
                 print(row, file=sys.stderr)

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from bundles import tiny_bundle, with_variant
+from cases import HERE
 from onnx import TensorProto, helper, numpy_helper
 
 from edgert.build.adapter import compile_graph
@@ -50,6 +51,28 @@ def test_every_graph_is_parsed_as_the_manifest_says_and_compiled(bundle, precisi
         assert made.layers >= graph.nodes // 2
         assert 50 <= sum(seen) <= 100  # of its phases, not all are walked to their end
         assert min(seen) > 0
+
+
+EVERY = [
+    *((f"hagi/model_{letter}", "step-*.pt") for letter in "abcd"),
+    ("hrm/orig_learned_nopuzzle", "step_1234"),
+    ("hrm/bidir_base", "hrm_arc_step_500.pt"),
+    ("hrm/bidir_cycle", "*_step_10000.pt"),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("case", "file"), EVERY, ids=[case for case, _ in EVERY])
+def test_every_family_compiles_in_both_precisions(tmp_path, case, file):
+    """Dense, looped and Clifford-grade decoders, both forms of HRM: all graphs of each."""
+    from edgert.export.pipeline import export_source
+
+    (source,) = (HERE / case).glob(file)
+    options = {"precision": "fp32,fp16", "lowerings": ("portable",)}
+    export_source(source, tmp_path / "bundle", **options)
+    for precision in ("fp32", "fp16"):
+        for graph in plan_of(tmp_path / "bundle", precision).graphs:
+            assert compile_graph(trt, graph, RTX).engine, graph.name
 
 
 # -------------------------------------------------------------------------- one small graph

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @option(
     "--precision",
     metavar="NAMES",
-    help="fp32 (the default), int8, int4; several with commas between.",
+    help="fp32 (the default), fp16, int8, int4; several with commas between.",
 )
 @option(
     "--kv",

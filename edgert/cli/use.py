@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from edgert.spec import Manifest, StateSpec, Wire
 
 MAX_REPORT_BYTES = 1 << 20
+_ACTIVATIONS = {
+    "float32": "",
+    "int8": ", activations in int8",
+    "float16": ", activations in float16",
+    "cpu": ", float16 as the CPU has it",
+}
 _MEASURED = ("perplexity", "perplexity_fp32", "ratio", "ratio_error", "kl", "top1")
 
 
@@ -142,9 +148,8 @@ def _describe(manifest: Manifest, parity: dict[str, Any] | None) -> list[str]:
     ]
     lines.append("source    " + ", ".join(told))
     if parity:
-        rounded = [c for c in parity["checks"] if c.get("activations") == "int8"]
-        exact = [c for c in parity["checks"] if c not in rounded]
-        for checks, how in ((exact, ""), (rounded, ", activations in int8")):
+        for kind, how in _ACTIVATIONS.items():
+            checks = [c for c in parity["checks"] if c.get("activations", "float32") == kind]
             if checks:
                 worst = max(check["logits_max_abs"] for check in checks)
                 lines.append(

@@ -28,8 +28,8 @@ ROUNDED = {"float16": 0.01, "int8": 0.25}
 Not what proves them: the same graphs have passed the tolerance above with float32 activations. It
 catches kernels that are wrong on this processor, and values that overflow. Rounding to int8 moves
 each product by some tenths of a per cent of the largest, and a chain of thirty blocks by several
-per cent; to float16 by a twentieth of a per cent, and seven blocks by two tenths of one. What that
-costs is measured on a text (accuracy.json).
+per cent; to float16 by a twentieth of a per cent, and thirty blocks by three tenths of one. What
+that costs is measured on a text (accuracy.json).
 """
 
 

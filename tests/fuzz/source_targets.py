@@ -328,6 +328,33 @@ def huggingface(folder: Path) -> Target:
     return Target([seed], examples(), read)
 
 
+def engine_target(folder: Path) -> Target:
+    """A TOML file that says what a device's compiler takes."""
+    from edgert.build.target import find, names, read_target
+
+    span = [1, 2, 3]
+    tables: list[dict[str, Any]] = [
+        {
+            "format_version": 1,
+            **{name: getattr(find(known), name) for name in _SETTINGS},
+            "precisions": ["fp16", "fp32"],
+            "prefill": {"tokens": span, "select": span, "capacity": span},
+            "step": {"batch": span, "capacity": span},
+            "solve": {"batch": span},
+        }
+        for known in names()
+    ]
+    seeds = [toml_text(table) for table in tables]
+    examples = st.one_of(values_like(tables, scalars()).map(toml_text), bytes_like(seeds))
+    return Target(seeds, examples, through_file(folder / "target.toml", read_target))
+
+
+_SETTINGS = (
+    *("summary", "compiler", "version", "sm", "lowering", "opset"),
+    *("memory_mb", "workspace_mb", "optimization_level"),
+)
+
+
 def recipe(folder: Path) -> Target:
     """A TOML recipe."""
     from edgert.export.recipe import read_recipe

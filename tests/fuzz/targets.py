@@ -25,7 +25,14 @@ from runtime_targets import (
     tokenizer,
 )
 from solver_targets import hrm_checkpoint, hrm_config
-from source_targets import checkpoint, gguf, gguf_tokenizer, huggingface, recipe
+from source_targets import (
+    checkpoint,
+    engine_target,
+    gguf,
+    gguf_tokenizer,
+    huggingface,
+    recipe,
+)
 from target import Target
 from training_targets import trained, training_recipe
 
@@ -33,7 +40,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     make.__name__: make
     for make in (
         *(manifest, onnx, tokenizer, chat, sampling, session, locked, solving, puzzles, parity),
-        *(gguf, gguf_tokenizer, checkpoint, huggingface, recipe),
+        *(gguf, gguf_tokenizer, checkpoint, huggingface, recipe, engine_target),
         *(training_recipe, trained),
         *(hrm_checkpoint, hrm_config, task, arc, puzzleset, accuracy, halting),
     )

@@ -411,6 +411,9 @@ def _with_drift(value: Any, version: int = 4) -> bytes:
     manifest = manifest_to_json(replace(tiny_manifest(), format_version=4))
     sealed = reference() | {key: manifest[key] for key in ("task", "tables")}
     sealed["program"] = manifest["program"]
+    if version == 4:
+        for variant in sealed["variants"].values():
+            variant["state_dtypes"] = {}
     return json.dumps(sealed | {"format_version": version, "max_drift": value}).encode()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from fake_loop import looped_model
 from fake_model import CONTEXT, PROMPT, VOCAB, A, Graph, fake_model, hashed, ids, script
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import edgert
@@ -47,6 +47,10 @@ def plain(model: Model, prompt: list[int], **options: Any) -> list[int]:
     return list(model.generate(prompt, speculate="off", **options).tokens)
 
 
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A busy machine is no failure."""
+
+
 # The index
 
 
@@ -62,6 +66,7 @@ few = st.lists(st.integers(0, 3), max_size=60)
 sequences = st.one_of(few, st.lists(st.sampled_from([0, 1, 2**31 - 1]), max_size=30))
 
 
+@unhurried
 @given(sequences)
 def test_the_index_finds_what_a_search_finds(tokens):
     """After every token: the longest n-gram that occurred before, at its newest place."""
@@ -71,6 +76,7 @@ def test_the_index_finds_what_a_search_finds(tokens):
         assert lookup.match == brute_force(tokens[:end])
 
 
+@unhurried
 @given(sequences, st.integers(1, 20))
 def test_a_guess_is_what_followed_and_goes_on_with_itself(tokens, count):
     lookup = Lookup()
@@ -84,6 +90,7 @@ def test_a_guess_is_what_followed_and_goes_on_with_itself(tokens, count):
     assert lookup.guess(count) == said[len(tokens) :]
 
 
+@unhurried
 @given(sequences, sequences, st.integers(0, 60))
 def test_an_index_that_was_cut_is_that_of_what_is_left(first, second, position):
     """Whatever was there before the cut, and comes behind it."""
@@ -115,6 +122,7 @@ def speed(record: Record, length: int, cost: float, width: int) -> float:
     return tokens / (1 + cost * width)
 
 
+@unhurried
 @given(outcomes, st.sampled_from(LENGTHS), st.floats(0.01, 1.5), st.integers(0, 20))
 def test_the_width_is_the_fastest_one(given, length, cost, most):
     """Of those that fit, no guess among them."""

@@ -34,6 +34,7 @@ class Promise:
 
 
 GENAI4, GENAI8, GENAI32 = "genai-int4", "genai-int8", "genai-fp32"
+MIXED4 = "genai-int4-mixed"
 LLAMA4 = ("llama-q4_0", "llama-q4_1")
 
 PROMISES = (
@@ -41,7 +42,7 @@ PROMISES = (
     Promise("decode", "int4", LLAMA4, 1.7),
     Promise("decode", "int8", (GENAI8,), 1.3),
     Promise("decode", "fp32", (GENAI32,), 1.0),
-    Promise("prefill", "int4", (GENAI4, *LLAMA4, "openvino-int4"), 1.1),
+    Promise("prefill", "int4", (GENAI4, MIXED4, *LLAMA4, "openvino-int4"), 1.1),
     Promise("prefill", "int8", (GENAI8, "llama-q8_0", "openvino-int8"), 1.1),
     Promise("prefill", "fp32", (GENAI32, "llama-f32", "torch-eager"), 1.1),
     Promise("cold", "int4", (GENAI4,), 1.5),
@@ -49,7 +50,7 @@ PROMISES = (
     Promise("cold", "fp32", (GENAI32,), 1.5),
 )
 SMALLER = (("int4", GENAI4), ("int8", GENAI8), ("fp32", GENAI32))  # peak memory
-TRUER = (("int4", GENAI4), ("int4", "llama-q4_0"), ("int4", "llama-q4_1"))  # perplexity
+TRUER = tuple(("int4", peer) for peer in (GENAI4, MIXED4, *LLAMA4))  # perplexity
 
 
 def named(peers: Sequence[str]) -> str:

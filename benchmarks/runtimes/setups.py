@@ -35,6 +35,7 @@ from runtimes.weights import (
 from runtimes.workshop import Workshop, foreign_environment, own_environment, run
 
 GENAI, LLAMA, OPENVINO = "0.18.0", "0.3.36", "2026.4.1"
+GENAI_MIXED = "k_quant_mixed"
 
 # The native build has every vector extension of this processor; what only llama.cpp's programs
 # need is left out.
@@ -110,6 +111,8 @@ def export_bundle(cache: Path, source: Path, precisions: str, say: Callable[[str
 
 
 def genai(shop: Workshop, variant: str) -> Side:
+    precision, _, mixed = variant.partition("-")
+    extra = ["--extra_options", f"algo_config={GENAI_MIXED}"] if mixed else []
     ort = version("onnxruntime")
     packages = (f"onnxruntime-genai=={GENAI}", f"onnxruntime=={ort}", "numpy")
     python = shop.environment(f"genai-{GENAI}-ort-{ort}", packages)
@@ -119,12 +122,12 @@ def genai(shop: Workshop, variant: str) -> Side:
         builder = ["-i", str(source), "-o", str(folder), "-c", str(folder.parent / "cache")]
         command = borrowing(python, "onnxruntime_genai.models.builder")
         offline = foreign_environment() | {"HF_HUB_OFFLINE": "1"}
-        run([*command, *builder, "-p", variant, "-e", "cpu"], log, offline)
+        run([*command, *builder, "-p", precision, "-e", "cpu", *extra], log, offline)
 
     model = shop.model(f"genai-{GENAI}-{variant}", build, f"GenAI's builder makes {variant}")
     return Side(
         name=f"genai-{variant}",
-        bits={"fp32": 32, "int8": 8, "int4": 4}[variant],
+        bits={"fp32": 32, "int8": 8, "int4": 4}[precision],
         about=f"ONNX Runtime GenAI {GENAI}, ONNX Runtime {ort}",
         weight_bytes=onnx_bytes(model / "model.onnx"),
         kv_bytes=4 * kv_values(shop.config),
@@ -248,7 +251,7 @@ def quantized(shop: Workshop, kind: str) -> Path:
 
 
 VARIANTS: dict[str, tuple[Callable[[Workshop, str], Side], tuple[str, ...]]] = {
-    "genai": (genai, ("fp32", "int8", "int4")),
+    "genai": (genai, ("fp32", "int8", "int4", "int4-mixed")),
     "llama": (llama, ("f32", "q8_0", "q4_0", "q4_1")),
     "openvino": (openvino, ("int8", "int4")),
     "torch": (torch, ("eager", "compile")),

@@ -48,8 +48,8 @@ def save(bundle: Path, variant: str, count: int, folder: Path) -> list[Path]:
 
 
 def measure(bundle: Path, count: int) -> Iterator[dict[str, Any]]:
-    """A row for each ordered pair of variants."""
-    variants = list(read_manifest(bundle).variants)
+    """A row for each ordered pair of variants that keep states as the program does."""
+    variants = [name for name, v in read_manifest(bundle).variants.items() if not v.state_dtypes]
     with tempfile.TemporaryDirectory() as folder:
         files = {name: save(bundle, name, count, Path(folder)) for name in variants}
         for old, new in itertools.permutations(variants, 2):

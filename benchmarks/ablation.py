@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from edgert.backends.ort import OrtBackend
 from edgert.bundle import Bundle
+from edgert.export.initializers import initializer
 from edgert.export.twin import twin
 from edgert.model import choose_variant
 from edgert.runner import Execution, Runner
@@ -112,16 +113,7 @@ def _split(model: ir.Model, product: Any, sizes: list[int]) -> list[ir.Value]:
                 part = array[rows]
             else:  # flat scales or zero points
                 part = array.reshape(_columns(product), -1)[rows].reshape(-1)
-            name = f"{operand.name}.{number}"
-            tensor = ir.Tensor(np.ascontiguousarray(part), name=name)
-            value = ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(part.shape),
-                const_value=tensor,
-            )
-            model.graph.register_initializer(value)
-            operands.append(value)
+            operands.append(initializer(model.graph, f"{operand.name}.{number}", part.copy))
         attributes = {key: attribute for key, attribute in product.attributes.items()}
         if "N" in attributes:
             attributes["N"] = ir.AttrInt64("N", size)

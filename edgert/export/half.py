@@ -19,17 +19,16 @@ value between two of them to float16, so that x * x overflows above 255 however 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 
 from edgert.errors import UnsupportedModel
+from edgert.export.initializers import digest, initializer
 from edgert.models.program import Program, TracedGraph
 from edgert.spec import Lowering, endpoint_at
 
@@ -75,7 +74,9 @@ class Halver:
         self.module = program.weights
         self._appended = {n for n, spec in program.states.items() if spec.kind == "append"}
         self._vocabulary = program.vocab_size
-        self._names = {_digest(p): name for name, p in self.module.named_parameters()}
+        self._names = {
+            digest(p.detach().numpy()): name for name, p in self.module.named_parameters()
+        }
         self.made: set[str] = set()
 
     @property
@@ -120,7 +121,7 @@ class Halver:
                 f"fp16: weight '{value.name}' reaches {most:.3g}, float16 ends at {LARGEST:,.0f}",
                 do="export with --precision fp32",
             )
-        name = self._names.get(_digest(array))
+        name = self._names.get(digest(array))
         if name is not None:
             self.made.add(name)
         return True
@@ -248,13 +249,7 @@ def rounding(model: ir.Model) -> None:
     graph = model.graph
     halves = [node.outputs[0] for node in graph if _makes_half(node)]
     widened(model)
-    axis = ir.Value(
-        name="rounding.axis",
-        type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape([1]),
-        const_value=ir.Tensor(np.zeros(1, np.int64), name="rounding.axis"),
-    )
-    graph.register_initializer(axis)
+    axis = initializer(graph, "rounding.axis", lambda: np.zeros(1, np.int64))
     for value in halves:
         maker = value.producer()
         assert maker is not None
@@ -274,9 +269,3 @@ def _makes_half(node: ir.Node) -> bool:
     """A cast or product, whose values are rounded; what only moves has rounded ones already."""
     makes = node.op_type == "Cast" or node.op_type in PRODUCTS
     return makes and node.outputs[0].dtype == HALF
-
-
-def _digest(tensor: torch.Tensor | NDArray[np.generic]) -> bytes:
-    array = tensor.detach().numpy() if isinstance(tensor, torch.Tensor) else tensor
-    shape = repr(array.shape).encode()
-    return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).digest()

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from edgert.errors import UnsupportedModel
 from edgert.export import accuracy
-from edgert.export.quantize import initializer
+from edgert.export.initializers import initializer
 from edgert.models.importers import Imported
 from edgert.models.layers import Cache
 from edgert.models.program import Program, Referee, kv_names

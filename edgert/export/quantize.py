@@ -11,8 +11,7 @@ stored once. Small matrices, vectors, and what no rule matches stay as they are.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +20,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from edgert.export.initializers import digest, initializer
 from edgert.export.methods import METHODS, Moments
 from edgert.export.nbits import CALIBRATED, Floats, Quantized, Scheme
 from edgert.export.twin import in_float32
@@ -57,7 +57,7 @@ class Quantizer:
         self._names: dict[bytes, str] = {}
         for name, parameter in module.named_parameters():
             if parameter.ndim == 2 and parameter.numel() >= LEAST:
-                self._names.setdefault(_digest(parameter.detach().numpy()), name)
+                self._names.setdefault(digest(parameter.detach().numpy()), name)
 
     def prepare(self, maps: Iterable[str]) -> None:
         """Round linear maps [K, N] before a graph asks for them."""
@@ -121,7 +121,7 @@ class Quantizer:
         kept: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         try:
             for parameter in self.module.parameters():
-                name = self._names.get(_digest(parameter.detach().numpy()))
+                name = self._names.get(digest(parameter.detach().numpy()))
                 if name in self.made and parameter.ndim == 2:
                     transposed, quantized = self.made[name]
                     values = torch.from_numpy(quantized.values())
@@ -137,7 +137,7 @@ class Quantizer:
         tensor = value.const_value if value is not None and value.is_initializer() else None
         if tensor is None or len(tensor.shape) != 2 or tensor.size < LEAST:
             return None
-        return self._names.get(_digest(tensor.numpy()))
+        return self._names.get(digest(tensor.numpy()))
 
     def _weight(self, name: str, transposed: bool) -> Floats:
         """A parameter as [N, K]."""
@@ -223,23 +223,3 @@ def _gather(
         domain=_DOMAIN,
         name=node.name,
     )
-
-
-def initializer(graph: ir.Graph, name: str, make: Callable[[], NDArray[np.generic]]) -> ir.Value:
-    """The initializer of this name, which `make` gives its content if it is not there yet."""
-    if name not in graph.initializers:
-        array = make()
-        tensor = ir.Tensor(array, name=name)
-        value = ir.Value(
-            name=name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-            const_value=tensor,
-        )
-        graph.register_initializer(value)
-    return graph.initializers[name]
-
-
-def _digest(array: NDArray[np.generic]) -> bytes:
-    shape = repr(array.shape).encode()
-    return hashlib.sha256(shape + np.ascontiguousarray(array).tobytes()).digest()

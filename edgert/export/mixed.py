@@ -5,7 +5,7 @@ harm    of rounding a map W to W': the mean over tokens of (g^T (W' - W) x)^2 / 
         own prediction. That is the second-order growth of the divergence from the unrounded
         model, since the Fisher information is the Hessian of it (as in arXiv 1911.03852).
 order   by harm for each byte that 8 bits would add: the worst first
-how many  as few as hold the budget on calibration text, found by halving
+how many  as few as hold the budget on text apart from what accuracy is measured on, by halving
 """
 
 from __future__ import annotations
@@ -95,25 +95,26 @@ def widen(
     run: Run,
     windows: Sequence[Ids],
     budget: float,
-    advance: Callable[[int], None] = lambda steps: None,
 ) -> dict[str, Any]:
     """Give 8 bits to as few linear maps as hold the budget, a perplexity ratio, on the windows.
 
     Returns what was found: the ratio with none and with those that were chosen, and their names.
     All maps get them if even that does not hold it.
     """
+
+    def losses() -> NDArray[np.float64]:
+        with torch.no_grad():
+            found = [cross_entropy(run(ids).numpy()[:-1], ids[1:]) for ids in windows]
+        return np.concatenate(found)
+
     watch = Watch(quantizer.module)
-    with torch.no_grad(), watch:
-        run(windows[0])
+    with watch:
+        truth = losses()
     quantizer.prepare(watch.maps)
-    with torch.no_grad():
-        truth = [cross_entropy(run(ids).numpy()[:-1], ids[1:]) for ids in windows]
 
     def ratio() -> float:
-        with quantizer.applied(), torch.no_grad():
-            found = [cross_entropy(run(ids).numpy()[:-1], ids[1:]) for ids in windows]
-        advance(1)
-        return math.exp((np.concatenate(found) - np.concatenate(truth)).mean())
+        with quantizer.applied():
+            return math.exp((losses() - truth).mean())
 
     goal = 1 + MARGIN * (budget - 1)
     narrow = ratio()

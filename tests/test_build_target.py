@@ -91,7 +91,7 @@ def test_all_problems_are_said_at_once(tmp_path):
 
 
 def test_what_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="cannot read the target"):
+    with pytest.raises(UsageError, match="the target cannot be read"):
         find(str(tmp_path / "none.toml"))
     (tmp_path / "large.toml").write_text("#" * 70_000)
     with pytest.raises(UsageError, match="larger than"):

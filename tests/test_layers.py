@@ -56,10 +56,11 @@ RUN_ZONE = (
 # itself. Models know no bundle and no backend; export and train meet only in a checkpoint.
 BELOW_CLI = " ".join(line.names for line in RUN_ZONE[2:])
 AUTHOR_ZONE = {
+    "tomlfile": "errors",
     "models": "errors spec files",
-    "build": BELOW_CLI,
-    "export": "models " + BELOW_CLI,
-    "train": "models " + BELOW_CLI,
+    "build": "tomlfile " + BELOW_CLI,
+    "export": "models tomlfile " + BELOW_CLI,
+    "train": "models tomlfile " + BELOW_CLI,
 }
 # The modules outside the author zone that may call into it, inside their commands.
 AUTHOR_CLI = ("edgert.cli.build", "edgert.cli.make", "edgert.cli.train")

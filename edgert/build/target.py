@@ -6,7 +6,6 @@ Unknown keys are errors, not defaults, and all problems of a file are reported a
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -14,11 +13,7 @@ from typing import Any, TypeAlias, get_args
 from edgert.errors import UsageError
 from edgert.recipebook import folder
 from edgert.spec import Lowering
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edgert.tomlfile import read_toml
 
 FOLDER = "engines"
 MAX_BYTES = 1 << 16
@@ -111,17 +106,7 @@ def find(name: str) -> Target:
 
 def read_target(path: Path) -> Target:
     """Parse and check one file. Raises UsageError naming the file and every wrong key."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read the target: {error.strerror}", where=str(path)) from error
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"the target is larger than {MAX_BYTES} bytes", where=str(path))
-    try:
-        table = tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise UsageError(f"the target is not TOML: {str(error)[:200]}", where=str(path)) from error
+    table = read_toml(path, "target", MAX_BYTES)
     reader = _Reader()
     target = reader.target(path.stem, table)
     if reader.problems:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,11 +12,7 @@ from edgert.export.nbits import SCHEMES
 from edgert.export.write import ExportOptions
 from edgert.models.importers.common import Problems, named, shown
 from edgert.sampler import SamplingParams
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edgert.tomlfile import read_toml
 
 MAX_BYTES = 1 << 20
 MAX_LINE = 400  # characters of a problem
@@ -71,12 +66,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises UsageError naming the file and every wrong key at once, MissingDependency if the
     package that carries the source is not installed.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise UsageError(f"the recipe is larger than {MAX_BYTES} bytes", where=str(path))
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise UsageError(f"the recipe is not TOML: {str(error)[:200]}", where=str(path)) from error
+    table = read_toml(path, "recipe", MAX_BYTES)
     problems = Problems(str(path), UsageError)
     for problem in _problems(table):
         problems.add(problem[:MAX_LINE])

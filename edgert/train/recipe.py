@@ -6,7 +6,6 @@ that is not read here.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from edgert.errors import BadCheckpoint, UsageError
 from edgert.models.importers.common import Fields, Problems, named, shown
 from edgert.models.trainable import TRAINABLE, Config, Family, TextConfig
 from edgert.tasks import find
+from edgert.tomlfile import read_toml
 from edgert.train.puzzle_recipe import (
     PuzzleData,
     PuzzleTrain,
@@ -23,11 +23,6 @@ from edgert.train.puzzle_recipe import (
     read_puzzle_train,
 )
 from edgert.train.train_recipe import TrainConfig, read_train
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["DataConfig", "TrainConfig", "TrainRecipe", "parse_recipe", "read_recipe"]
 
@@ -83,7 +78,7 @@ class TrainRecipe:
 
 def read_recipe(path: Path) -> TrainRecipe:
     """Parse and check a recipe. Raises UsageError naming the file and every wrong key at once."""
-    return parse_recipe(_table(path), path.parent, str(path))
+    return parse_recipe(read_toml(path, "recipe", MAX_BYTES), path.parent, str(path))
 
 
 def parse_recipe(table: dict[str, Any], folder: Path, where: str) -> TrainRecipe:
@@ -162,20 +157,6 @@ def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             found.append((f"{prefix}{key}", inner))
     return found
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"the recipe cannot be read: {error.strerror}", where=str(path)) from error
-    if len(data) > MAX_BYTES:
-        raise UsageError(f"the recipe is larger than {MAX_BYTES} bytes", where=str(path))
-    try:
-        return tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise UsageError(f"the recipe is not TOML: {str(error)[:200]}", where=str(path)) from error
 
 
 def _data(fields: Fields) -> DataConfig:

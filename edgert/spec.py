@@ -17,6 +17,7 @@ Endpoints name what a graph is wired to, as `<kind>.<name>`:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -174,6 +175,24 @@ class ProgramSpec:
         return {"prologue": self.prologue, "body": self.body, "epilogue": self.epilogue}
 
 
+def endpoint_spec(
+    wire: Wire,
+    inputs: Mapping[str, TensorSpec],
+    results: Mapping[str, TensorSpec],
+    states: Mapping[str, StateSpec],
+    loop: LoopSpec | None,
+) -> TensorSpec:
+    """dtype and shape of what an endpoint carries."""
+    kind, _, name = endpoint_at(wire, 0).partition(".")
+    if kind == "state":
+        return TensorSpec(states[name].dtype, states[name].shape)
+    if kind == "loop":
+        return TensorSpec("int64", ("batch",) if name == "steps" else ())
+    values, signals = (loop.values, loop.signals) if loop else ({}, {})
+    declared = {"input": inputs, "result": results, "value": values, "signal": signals}
+    return declared[kind][name]
+
+
 @dataclass(frozen=True)
 class TokenizerSpec:
     """file: a Hugging Face `tokenizer.json`. bytes: id = byte + `offset`, no vocabulary file."""
@@ -227,7 +246,7 @@ class Manifest:
     def states_of(self, variant: str) -> dict[str, StateSpec]:
         """The states as a variant keeps them."""
         other = self.variants[variant].state_dtypes
-        return {n: replace(s, dtype=other.get(n, s.dtype)) for n, s in self.states.items()}
+        return self.states | {n: replace(self.states[n], dtype=d) for n, d in other.items()}
 
     def kv_of(self, variant: str) -> str:
         """How a variant keeps keys and values, and whatever else grows: 'fp32' or 'int8'; more
@@ -240,6 +259,11 @@ class Manifest:
         """The variants that compute with the same numbers: of its precision and state dtypes."""
         numbers = (self.variants[variant].precision, self.variants[variant].state_dtypes)
         return [n for n, v in self.variants.items() if (v.precision, v.state_dtypes) == numbers]
+
+    def carried(self, wire: Wire) -> TensorSpec:
+        """dtype and shape of what an endpoint carries."""
+        loop = self.program.loop
+        return endpoint_spec(wire, self.inputs, self.results, self.states, loop)
 
     def bytes_of(self, variant: str) -> int:
         """Size of the files of a variant's graphs."""

@@ -14,7 +14,7 @@ import torch
 from tiny_decoder import decoder
 
 from edgert.errors import EdgertError, GateFailed
-from edgert.export.trace import IR_VERSION, OPSET, endpoint_spec, trace
+from edgert.export.trace import IR_VERSION, OPSET, trace
 from edgert.export.weights import LARGE_BYTES, WeightsFile, check_weights, strip
 from edgert.models.decoder import Decoder, graphs
 from edgert.models.program import Program, TracedGraph
@@ -54,7 +54,7 @@ def test_the_graph_has_the_names_types_and_axes_of_the_program(program, protos, 
     for values, wiring in ((proto.input, graph.inputs), (proto.output, graph.outputs)):
         assert [value.name for value in values] == list(wiring)
         for value in values:
-            spec = endpoint_spec(program, wiring[value.name])
+            spec = program.carried(wiring[value.name])
             tensor = value.type.tensor_type
             axes = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)

@@ -21,7 +21,7 @@ from edgert.build.target import ONE, Span, Target
 from edgert.bundle import Bundle
 from edgert.errors import Incompatible, OutOfMemory, UnsupportedModel, UsageError
 from edgert.onnxfile import read_onnx_facts
-from edgert.spec import GraphSpec, Manifest, StateSpec, TensorSpec, VariantSpec, Wire, endpoint_at
+from edgert.spec import GraphSpec, Manifest, StateSpec, TensorSpec, VariantSpec
 from edgert.state import resolve
 
 MB = 1_000_000
@@ -216,23 +216,6 @@ def profiles_of(manifest: Manifest, target: Target) -> dict[str, dict[str, Span]
     }
 
 
-def spec_of(manifest: Manifest, wire: Wire) -> TensorSpec:
-    """dtype and shape of what a port is wired to."""
-    kind, _, name = endpoint_at(wire, 0).partition(".")
-    if kind == "state":
-        state = manifest.states[name]
-        return TensorSpec(state.dtype, state.shape)
-    if kind == "loop":
-        return TensorSpec("int64", ("batch",) if name == "steps" else ())
-    loop = manifest.program.loop
-    return {
-        "input": manifest.inputs,
-        "result": manifest.results,
-        "value": loop.values if loop else {},
-        "signal": loop.signals if loop else {},
-    }[kind][name]
-
-
 def _graph(
     bundle: Bundle,
     manifest: Manifest,
@@ -241,15 +224,16 @@ def _graph(
     drawn: Drawn,
     profiles: Mapping[str, Mapping[str, Span]],
 ) -> GraphPlan:
-    inputs = {port: spec_of(manifest, wire) for port, wire in spec.inputs.items()}
+    inputs = {port: manifest.carried(wire) for port, wire in spec.inputs.items()}
     operators = [node.operator for node in drawn.nodes]
-    tensors = {(r.location, r.offset): r.length for r in _external(bundle.path(spec.file))}
+    external = read_onnx_facts(bundle.path(spec.file)).external
+    tensors = {(r.location, r.offset): r.length for r in external}
     return GraphPlan(
         name=name,
         path=bundle.path(spec.file),
         sha256=tuple(manifest.files[file].sha256 for file in (spec.file, *spec.data)),
         inputs=inputs,
-        outputs={port: spec_of(manifest, wire) for port, wire in spec.outputs.items()},
+        outputs={port: manifest.carried(wire) for port, wire in spec.outputs.items()},
         profiles=tuple(
             found
             for found in (shape_profile(p, inputs, spans) for p, spans in profiles.items())
@@ -260,10 +244,6 @@ def _graph(
         weights=sum(tensors.values()),
         activations=max(drawn.activations(largest(spans)) for spans in profiles.values()),
     )
-
-
-def _external(path: Path) -> Any:
-    return read_onnx_facts(path).external
 
 
 def shape_profile(

@@ -87,8 +87,9 @@ def _engine(engine: Engine) -> dict[str, object]:
 
 
 def _described(plan: BuildPlan) -> Iterator[str]:
+    from edgert.build.plan import MB
+
     target, memory = plan.target, plan.memory
-    mega = 1_000_000
     yield (
         f"{'target':<{LABEL}}{target.name}: {target.summary} · {target.compiler} "
         f"{target.version} · SM {target.sm}"
@@ -102,7 +103,7 @@ def _described(plan: BuildPlan) -> Iterator[str]:
         f"states {size(sum(memory.states.values()))}",
         f"inputs and results {size(memory.buffers)}",
     ]
-    total, limit = size(memory.total), size(target.memory_mb * mega)
+    total, limit = size(memory.total), size(target.memory_mb * MB)
     yield f"{'memory':<{LABEL}}{total} of {limit}: {', '.join(parts)}"
     yield f"{'building':<{LABEL}}about {size(plan.building)}"
 

@@ -14,7 +14,7 @@ import torch
 
 from edgert.errors import EdgertError
 from edgert.models.program import Program, TracedGraph
-from edgert.spec import Lowering, TensorSpec, Wire, endpoint_at
+from edgert.spec import Lowering
 
 OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) parses
 IR_VERSION = 10  # ONNX Runtime 1.23 reads up to 11
@@ -27,25 +27,12 @@ _BOUNDS = {"min": 2, "max": 1 << 20}
 faster. The graphs are the same but for names inside, and take an axis of 1: the gate proves it."""
 
 
-def endpoint_spec(program: Program, wire: Wire) -> TensorSpec:
-    """dtype and shape of what an endpoint carries."""
-    kind, _, name = endpoint_at(wire, 0).partition(".")
-    if kind == "state":
-        state = program.states[name]
-        return TensorSpec(state.dtype, state.shape)
-    if kind == "loop":
-        return TensorSpec("int64", ("batch",) if name == "steps" else ())
-    loop = program.parts.loop
-    declared = {"input": program.inputs, "result": program.results, "value": loop and loop.values}
-    return (declared[kind] or {})[name]
-
-
 def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:
     """One graph in one lowering. The weights are still torch's own memory, not copies.
 
     Raises EdgertError with the exporter's own words if the graph cannot be captured.
     """
-    specs = [endpoint_spec(program, endpoint) for endpoint in graph.inputs.values()]
+    specs = [program.carried(wire) for wire in graph.inputs.values()]
     # A tensor of its own for every input: one object given twice is merged silently.
     examples = tuple(
         torch.zeros([_EXAMPLE.get(a, 0) if isinstance(a, str) else a for a in s.shape]).to(

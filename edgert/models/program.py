@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgert.models.layers import Cache, Eager, Heads
-from edgert.spec import Lowering, ProgramSpec, StateSpec, TensorSpec, Wire
+from edgert.spec import Lowering, ProgramSpec, StateSpec, TensorSpec, Wire, endpoint_spec
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Program:
     turns: Callable[[Mapping[str, Tensor]], Iterator[Turn]] | None = None
     tables: dict[str, Tensor] = field(default_factory=dict)
     unrolled: TracedGraph | None = None
+
+    def carried(self, wire: Wire) -> TensorSpec:
+        """dtype and shape of what an endpoint carries."""
+        return endpoint_spec(wire, self.inputs, self.results, self.states, self.parts.loop)
 
     @property
     def slots(self) -> int:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgert.cli.options import FILE, as_json, common, key, key_options, option, placement
+from edgert.cli.options import (
+    FILE,
+    as_json,
+    common,
+    key,
+    key_options,
+    load_options,
+    option,
+    placement,
+)
 from edgert.cli.show import hashing, print_json, progress_bar, size
 from edgert.progress import Advance
 
@@ -27,7 +36,7 @@ if TYPE_CHECKING:
     type=FILE,
     required=True,
     metavar="BUNDLE",
-    help="A bundle of the session's model; --precision, --lowering or --variant choose of it.",
+    help="A bundle of the session's model; --precision, --kv, --lowering and --variant choose.",
 )
 @option(
     "-o",
@@ -66,12 +75,7 @@ def migrate(session: Path, to: Path, output: Path, as_json: bool, **given: Any) 
             replay=given["replay"],
             advanced=advanced,
             progress=hashed,
-            device=given["device"],
-            precision=given["precision"],
-            lowering=given["lowering"],
-            variant=given["variant"],
-            threads=given["threads"],
-            prepack=not given["low_memory"],
+            **load_options(given),
             **key_options(given),
         )
     if as_json:

@@ -62,6 +62,13 @@ placement = stacked(
     ),
 )
 
+
+def load_options(given: dict[str, Any]) -> dict[str, Any]:
+    """What the user gave of `placement`, as arguments of `edgert.load`."""
+    chosen = {name: given[name] for name in ("device", "precision", "kv", "lowering", "variant")}
+    return chosen | {"threads": given["threads"], "prepack": not given["low_memory"]}
+
+
 key = stacked(
     option(
         "--key-file",

@@ -17,6 +17,7 @@ from edgert.cli.options import (
     common,
     key,
     key_options,
+    load_options,
     option,
     parse_ids,
     placement,
@@ -147,17 +148,7 @@ def load_bundle(bundle: Path, given: dict[str, Any]) -> Model:
 
     total = sum(entry.bytes for entry in read_manifest(bundle).files.values())
     with hashing(total, quiet=given["quiet"]) as advance:
-        return load(
-            bundle,
-            given["device"],
-            precision=given["precision"],
-            kv=given["kv"],
-            lowering=given["lowering"],
-            variant=given["variant"],
-            threads=given["threads"],
-            prepack=not given["low_memory"],
-            progress=advance,
-        )
+        return load(bundle, progress=advance, **load_options(given))
 
 
 @contextmanager

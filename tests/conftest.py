@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cases import HERE
@@ -151,3 +152,25 @@ def run(capsys) -> Callable[..., Result]:
         return Result(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def traced_once(monkeypatch, traces) -> None:
+    """Exports of one small decoder, which a module's tests share, trace it once: that is what takes
+    the time.
+    """
+    from edgert.export import write
+
+    real = write.trace
+
+    def trace(program, graph, lowering):
+        if graph.name not in traces:
+            traces[graph.name] = real(program, graph, lowering)
+        return traces[graph.name].clone()
+
+    monkeypatch.setattr(write, "trace", trace)
+
+
+@pytest.fixture(scope="module")
+def traces() -> dict[str, Any]:
+    return {}

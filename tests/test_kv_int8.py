@@ -266,24 +266,6 @@ def test_the_gate_is_as_tight_as_for_float32(spoken) -> None:
 BROKEN = ["a scale 1 % off", "keys with the values' scales", "heads swapped", "per token"]
 
 
-@pytest.fixture
-def traced_once(monkeypatch, traces) -> None:
-    """Exports of the same small decoder trace it once: that is what takes the time."""
-    real = write.trace
-
-    def trace(program, graph, lowering):
-        if graph.name not in traces:
-            traces[graph.name] = real(program, graph, lowering)
-        return traces[graph.name].clone()
-
-    monkeypatch.setattr(write, "trace", trace)
-
-
-@pytest.fixture(scope="module")
-def traces() -> dict[str, Any]:
-    return {}
-
-
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_graph_that_rounds_otherwise_fails_the_gate(
     how, tmp_path, monkeypatch, traced_once

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -80,24 +79,6 @@ def looped(tmp_path_factory) -> Exported:
     folder = tmp_path_factory.mktemp("quant")
     (folder / "looped.toml").write_text(LOOPED)
     return export_source(folder / "looped.toml", folder / "looped")
-
-
-@pytest.fixture
-def traced_once(monkeypatch, traces) -> None:
-    """Exports of the same small decoder trace it once: that is what takes the time."""
-    real = write.trace
-
-    def trace(program, graph, lowering):
-        if graph.name not in traces:
-            traces[graph.name] = real(program, graph, lowering)
-        return traces[graph.name].clone()
-
-    monkeypatch.setattr(write, "trace", trace)
-
-
-@pytest.fixture(scope="module")
-def traces() -> dict[str, Any]:
-    return {}
 
 
 def small() -> Imported:

@@ -26,7 +26,7 @@ from edgert.model import Model
 from edgert.session import Session
 from edgert.sessionfile import SavedSession
 from edgert.snapshot import snapshot
-from edgert.spec import GraphSpec, StateSpec, VariantSpec
+from edgert.spec import StateSpec
 from edgert.speculate import COST, LENGTHS, WIDTHS, WINDOW, Lookup, Record
 
 SENTENCE = "the cat sat on the mat; "
@@ -489,32 +489,18 @@ def test_a_loop_that_ends_early_takes_one_token_at_a_time():
 def with_carry() -> Model:
     """A model with a state that each step replaces: the sum of what it has read."""
 
-    def graph(ids: np.ndarray, lens: np.ndarray, total: np.ndarray, **_: object) -> dict[str, Any]:
-        total = total + ids.sum(1)
+    def graph(ids: np.ndarray, lens: np.ndarray, kept: np.ndarray, **_: object) -> dict[str, Any]:
+        total = kept + ids.sum(1)
         token = total[:, None] % 7 + A
         logits = np.zeros((1, 1, VOCAB), np.float32)
         logits[0, 0, token[0, 0]] = 9
-        return {"token": token, "logits": logits, "total_next": total}
+        return {"token": token, "logits": logits, "kept_next": total}
 
-    spec = GraphSpec(
-        file="decode",
-        data=(),
-        inputs={
-            "ids": "input.ids",
-            "select": "input.select",
-            "lens": "state.lens",
-            "total": "state.total",
-        },
-        outputs={"logits": "result.logits", "token": "result.token", "total_next": "state.total"},
+    counter, carry = (
+        StateSpec("counter", "int64", ("batch",)),
+        StateSpec("carry", "int64", ("batch",)),
     )
-    return fake_model(
-        graph,
-        states={
-            "lens": StateSpec("counter", "int64", ("batch",)),
-            "total": StateSpec("carry", "int64", ("batch",)),
-        },
-        variants={"fp32-ort": VariantSpec("fp32", "ort", {"ai.onnx": 20}, {"decode": spec})},
-    )
+    return fake_model(graph, states={"lens": counter, "kept": carry})
 
 
 def test_a_state_that_cannot_go_back_has_no_guesses():

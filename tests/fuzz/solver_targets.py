@@ -24,7 +24,7 @@ from mutations import (
     values_like,
     written,
 )
-from target import Target, through_file
+from target import Target, refill, through_file
 
 Files = dict[str, bytes]
 
@@ -137,11 +137,7 @@ def hrm_checkpoint(folder: Path) -> Target:
 
     def read(files: Files) -> None:
         home = folder / "hrm"
-        home.mkdir(exist_ok=True)
-        for old in home.iterdir():
-            old.unlink()
-        for name, data in files.items():
-            (home / name).write_bytes(data)
+        refill(home, files)
         path = home / next(iter(files))
         is_hrm(path)
         # As `edgert export` may be told; what the original and a bare state dict lack.

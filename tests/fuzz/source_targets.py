@@ -20,7 +20,7 @@ from mutations import (
     toml_text,
     values_like,
 )
-from target import Target, through_file
+from target import Target, refill, through_file
 
 Files = dict[str, bytes]
 
@@ -317,11 +317,7 @@ def huggingface(folder: Path) -> Target:
 
     def read(files: Files) -> None:
         home = folder / "folder"
-        home.mkdir(exist_ok=True)
-        for old in home.iterdir():
-            old.unlink()
-        for name, data in files.items():
-            (home / name).write_bytes(data)
+        refill(home, files)
         found = load_source(home)
         (found.chat_template or "").encode()  # export writes it as UTF-8
 

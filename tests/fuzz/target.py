@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,3 +27,12 @@ def through_file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes]
         return read(path)
 
     return call
+
+
+def refill(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Have a folder hold these files, and no others."""
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)

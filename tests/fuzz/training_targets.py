@@ -19,7 +19,7 @@ from mutations import (
     toml_text,
     values_like,
 )
-from target import Target, through_file
+from target import Target, refill, through_file
 
 Files = dict[str, bytes]
 
@@ -191,10 +191,7 @@ def trained(folder: Path) -> Target:
         return sealed(files, told)
 
     def read(files: Files) -> None:
-        for old in home.iterdir():
-            old.unlink()
-        for name, data in files.items():
-            (home / name).write_bytes(data)
+        refill(home, files)
         load_source(home)
         found = importer.read_checkpoint(home)
         trainer = fresh()

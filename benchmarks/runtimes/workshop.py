@@ -33,9 +33,13 @@ TUNING = ("OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_")
 Say = Callable[[str], None]
 
 
+UNCOMPILED = "PYTHONDONTWRITEBYTECODE"  # an installed package is compiled: so is each side's
+
+
 def own_environment() -> dict[str, str]:
     """Our environment variables, without those that would set threads or kernels for a side."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(TUNING)}
+    dropped = (*TUNING, UNCOMPILED)
+    return {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
 
 
 def foreign_environment() -> dict[str, str]:

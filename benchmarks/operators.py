@@ -22,32 +22,35 @@ from edgert.backends.ort import OrtBackend
 from edgert.bundle import Bundle
 from edgert.runner import Runner
 
+Step = dict[str, list[float]]
+"""Milliseconds of each kernel that one run of the graph started, by operator."""
 
-def steps_of(events: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """A profile's events -> per run of the graph, milliseconds by operator.
+
+def steps_of(events: list[dict[str, Any]]) -> list[Step]:
+    """A profile's events, run by run of the graph.
 
     Kernels of a run lie within its `model_run` event, which is written after them.
     """
-    steps: list[dict[str, float]] = []
-    current: dict[str, float] = defaultdict(float)
+    steps: list[Step] = []
+    current: Step = defaultdict(list)
     for event in events:
         if event.get("name") == "model_run":
             steps.append(dict(current))
-            current = defaultdict(float)
+            current = defaultdict(list)
         elif str(event.get("name", "")).endswith("_kernel_time"):
-            current[event["args"]["op_name"]] += event["dur"] / 1e3
+            current[event["args"]["op_name"]].append(event["dur"] / 1e3)
     return steps
 
 
-def medians(steps: list[dict[str, float]]) -> dict[str, float]:
+def medians(steps: list[Step]) -> dict[str, float]:
     """Median milliseconds by operator, largest first."""
     names = {name for step in steps for name in step}
-    found = {name: statistics.median(step.get(name, 0.0) for step in steps) for name in names}
+    found = {n: statistics.median(sum(step.get(n, ())) for step in steps) for n in names}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def profile(root: Path, variant: str, threads: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Prefill `prompt` tokens, decode `tokens` more, and sum the decode steps by operator."""
+def profile(root: Path, variant: str, threads: int, prompt: int, tokens: int) -> list[Step]:
+    """The decode steps of `tokens` tokens behind a prompt of `prompt`."""
     bundle = Bundle.open(root)
     backend = OrtBackend(threads=threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +65,7 @@ def profile(root: Path, variant: str, threads: int, prompt: int, tokens: int) ->
             token = int(execution.step(token).token[0, 0])
         file = runner.graphs["epilogue"].session.end_profiling()  # type: ignore[attr-defined]
         events = json.loads(Path(file).read_text())
-    return medians(steps_of(events)[-tokens:])
+    return steps_of(events)[-tokens:]
 
 
 def main() -> None:
@@ -76,16 +79,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="decode steps")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    found = profile(given.bundle, given.variant, given.threads, given.prompt, given.tokens)
+    steps = profile(given.bundle, given.variant, given.threads, given.prompt, given.tokens)
+    found = medians(steps)
+    nodes = {name: len(steps[-1].get(name, ())) for name in found}
     total = sum(found.values())
     if given.json:
-        print(json.dumps({"variant": given.variant, "threads": given.threads, "ms": found}))
+        facts = {"variant": given.variant, "threads": given.threads, "prompt": given.prompt}
+        print(json.dumps(facts | {"ms": found, "nodes": nodes}))
         return
-    print("| operator | ms a step | share |\n|---|---|---|")
+    print("| operator | nodes | ms a step | share |\n|---|---|---|---|")
     for name, ms in found.items():
         if ms / total >= 0.005:
-            print(f"| {name} | {ms:.2f} | {ms / total:.1%} |")
-    print(f"| all | {total:.2f} | |")
+            print(f"| {name} | {nodes[name]} | {ms:.2f} | {ms / total:.1%} |")
+    print(f"| all | {sum(nodes.values())} | {total:.2f} | |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ from edgert.export.methods import Moments
 class Watch(TorchFunctionMode):
     """Sees every product of an activation with a parameter, whoever computes it.
 
-    maps  names of parameters [K, N] that inputs [.., K] were multiplied with; not the heads, [N, K]
+    maps   names of parameters [K, N] that inputs [.., K] were multiplied with
+    heads  the same of parameters [N, K]
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()
-        self.maps: dict[str, None] = {}  # a set in the order of the calls
+        self.maps: dict[str, None] = {}  # sets in the order of the calls
+        self.heads: dict[str, None] = {}
         self._names = {id(p): name for name, p in module.named_parameters() if p.ndim == 2}
 
     def called(self, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
@@ -38,13 +41,26 @@ class Watch(TorchFunctionMode):
         if func in _PRODUCTS and len(args) >= 2:
             name = self._names.get(id(args[1]))
             if name is not None:
-                if func is not torch.nn.functional.linear:
-                    self.maps[name] = None
+                kind = self.heads if func is torch.nn.functional.linear else self.maps
+                kind[name] = None
                 self.called(name, args[0], found)
         return found
 
 
 _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul, torch.nn.functional.linear)
+
+
+@contextlib.contextmanager
+def frozen(module: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile parameters take no gradients, but those that are asked to."""
+    taking = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in taking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in taking:
+            parameter.requires_grad_(True)
 
 
 class _Moments(Watch):

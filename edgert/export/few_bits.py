@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +17,13 @@ from edgert.export.mixed import widen
 from edgert.export.nbits import CALIBRATED, Scheme
 from edgert.export.quantize import Quantizer
 from edgert.export.rewriter import Rewriter
+from edgert.export.tuning import tune
 from edgert.models.importers import Imported
 from edgert.models.program import Program, Scorer
 from edgert.progress import Reporter
+
+CALIBRATION = 24
+"""Windows of what the model said that moments are taken of; tuning reads all of them."""
 
 
 def quantizers_of(
@@ -27,9 +31,13 @@ def quantizers_of(
     source: Imported,
     schemes: Mapping[str, Scheme],
     lowerings: Sequence[str],
+    said: Callable[[], list[accuracy.Ids]],
     reporter: Reporter,
 ) -> dict[str, Quantizer]:
-    """By precision. Raises UnsupportedModel where no operator takes such weights."""
+    """By precision. `said` gives windows of ids that the model says.
+
+    Raises UnsupportedModel where no operator takes such weights.
+    """
     if not schemes:
         return {}
     wanted = ", ".join(schemes)
@@ -43,51 +51,71 @@ def quantizers_of(
         raise UnsupportedModel(
             f"{wanted} needs the lowering ort: {why}", do="export with --precision fp32"
         )
+    windows = said() if any(map(_calibrates, schemes.values())) else []
     seen: dict[str, Moments] = {}
-    judged: list[accuracy.Ids] = []
-    if any(scheme.method in CALIBRATED or scheme.mixed for scheme in schemes.values()):
-        tokenizer = accuracy.tokenizer_of(source)
-        if tokenizer is None:
-            reporter.line("note", "no tokenizer, so no calibration text: scales by search")
-        else:
-            windows = accuracy.sample(tokenizer, program.context, offset=0.0).windows
-            judged = accuracy.sample(tokenizer, program.context, offset=0.25).windows
-            reference = program.reference
-            with reporter.stage("reading", "calibration text", len(windows)) as advance:
+    if windows:
+        reference = program.reference
+        with reporter.stage("reading", "what the model said", CALIBRATION) as advance:
 
-                def run(ids: accuracy.Ids) -> None:
-                    reference(torch.from_numpy(ids[None]))
-                    advance(1)
+            def read(ids: accuracy.Ids) -> None:
+                reference(torch.from_numpy(ids[None]))
+                advance(1)
 
-                seen = moments(program.weights, run, windows)
+            seen = moments(program.weights, read, windows[:CALIBRATION])
     made = {name: Quantizer(program.weights, scheme, seen) for name, scheme in schemes.items()}
     for precision, quantizer in made.items():
-        if quantizer.scheme.mixed and judged:
-            _mix(precision, quantizer, program, judged, reporter)
+        if quantizer.scheme.tuned:
+            _tune(precision, quantizer, program, windows, reporter)
+        if quantizer.scheme.mixed:
+            _mix(precision, quantizer, program, source, reporter)
     return made
 
 
-def _mix(
+def _calibrates(scheme: Scheme) -> bool:
+    return scheme.method in CALIBRATED or scheme.tuned
+
+
+def _eager(program: Program) -> Callable[[accuracy.Ids], torch.Tensor]:
+    """Ids [T] -> logits [T, V], with gradients."""
+    model = cast(Scorer, program.weights)
+    return lambda ids: model(torch.from_numpy(ids[None]), model.eager(len(ids)))[0]
+
+
+def _tune(
     precision: str,
     quantizer: Quantizer,
     program: Program,
     windows: Sequence[accuracy.Ids],
     reporter: Reporter,
 ) -> None:
-    """Let the linear maps that cost most have 8 bits, until the precision's budget holds, on text
-    that is neither what codes were found by nor what the result is measured on."""
-    model = cast(Scorer, program.weights)
+    run = _eager(program)
+    with reporter.stage("rounding", f"{precision}, matrix by matrix"):
+        quantizer.prepare_for(run, windows[0])
+    with reporter.stage("tuning", f"{precision}, all scales together", len(windows)) as advance:
+        tune(quantizer, run, windows, advance)
 
-    def run(ids: accuracy.Ids) -> torch.Tensor:
-        return model(torch.from_numpy(ids[None]), model.eager(len(ids)))[0]
 
+def _mix(
+    precision: str,
+    quantizer: Quantizer,
+    program: Program,
+    source: Imported,
+    reporter: Reporter,
+) -> None:
+    """Let the matrices that cost most have 8 bits, until the precision's budget holds, on text
+    that is not what the result is measured on."""
+    tokenizer = accuracy.tokenizer_of(source)
+    if tokenizer is None:
+        reporter.line("note", f"{precision} is not held to a budget: no tokenizer to read a text")
+        return
+    windows = accuracy.sample(tokenizer, program.context, offset=0.25).windows
     with reporter.stage("mixing", f"{precision}, within its budget"):
-        found = widen(quantizer, run, windows, accuracy.BUDGET[precision])
+        found = widen(quantizer, _eager(program), windows, accuracy.BUDGET[precision])
     quantizer.mixed = found
     if found["names"]:
         reporter.line(
             "mixed",
-            f"{precision}: {len(found['names'])} of {found['maps']} linear maps keep 8 bits, "
+            f"{precision}: {len(found['names'])} of {found['matrices']} matrices keep 8 bits, "
             f"perplexity ratio {found['narrow_ratio']:.4f} to {found['ratio']:.4f}",
         )
 

@@ -1,6 +1,6 @@
-"""Which linear maps keep 8 bits, where 4 bits for all of them cost more than a precision may.
+"""Which matrices keep 8 bits, where 4 bits for all of them cost more than a precision may.
 
-harm    of rounding a map W to W': the mean over tokens of (g^T (W' - W) x)^2 / 2, where x is its
+harm    of rounding a matrix W to W': the mean over tokens of (g^T (W' - W) x)^2 / 2, where x is its
         input and g the gradient, at its output, of the loss of a token drawn from the model's
         own prediction. That is the second-order growth of the divergence from the unrounded
         model, since the Fisher information is the Hessian of it (as in arXiv 1911.03852).
@@ -10,9 +10,8 @@ how many  as few as hold the budget on text apart from what accuracy is measured
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgert.evaluate import cross_entropy
-from edgert.export.calibration import Watch
+from edgert.export.calibration import Watch, frozen
 from edgert.export.quantize import Quantizer
 
 Ids = NDArray[np.int64]
@@ -36,7 +35,8 @@ WINDOWS = 2
 
 
 class _Products(Watch):
-    """Keeps inputs and outputs of every linear map, by parameter, in the order of the calls."""
+    """Keeps inputs and outputs of every linear map and head, by parameter, in the order of the
+    calls."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__(module)
@@ -51,11 +51,11 @@ class _Products(Watch):
 
 
 def harms(quantizer: Quantizer, run: Run, windows: Iterable[Ids]) -> dict[str, float]:
-    """Harm of each linear map [K, N] that the quantizer rounds, by parameter."""
+    """Harm of each linear map and head that the quantizer rounds to few bits, by parameter."""
     totals: dict[str, float] = {}
     tokens = 0
     generator = torch.Generator().manual_seed(0)
-    with _frozen(quantizer.module):
+    with frozen(quantizer.module):
         for ids in windows:
             watch = _Products(quantizer.module)
             with torch.enable_grad(), watch:
@@ -63,8 +63,8 @@ def harms(quantizer: Quantizer, run: Run, windows: Iterable[Ids]) -> dict[str, f
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
             tokens += len(ids)
-            for name in watch.maps:
-                if name in quantizer.made:
+            for name in watch.seen:
+                if name in quantizer.made and quantizer.made[name][1].bits < 8:
                     change = torch.from_numpy(quantizer.change(name))  # [N, K]
                     moved = torch.stack([_moved(change, *call) for call in watch.seen[name]]).sum(0)
                     totals[name] = totals.get(name, 0.0) + float((moved * moved).sum()) / 2
@@ -77,29 +77,16 @@ def _moved(change: torch.Tensor, inputs: torch.Tensor, outputs: torch.Tensor) ->
     return ((inputs.flatten(0, -2) @ change.T) * outputs.grad.flatten(0, -2)).sum(-1)
 
 
-@contextlib.contextmanager
-def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Meanwhile parameters take no gradients: only activations are asked for theirs."""
-    taking = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in taking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in taking:
-            parameter.requires_grad_(True)
-
-
 def widen(
     quantizer: Quantizer,
     run: Run,
     windows: Sequence[Ids],
     budget: float,
 ) -> dict[str, Any]:
-    """Give 8 bits to as few linear maps as hold the budget, a perplexity ratio, on the windows.
+    """Give 8 bits to as few matrices as hold the budget, a perplexity ratio, on the windows.
 
     Returns what was found: the ratio with none and with those that were chosen, and their names.
-    All maps get them if even that does not hold it.
+    All get them if even that does not hold it.
     """
 
     def losses() -> NDArray[np.float64]:
@@ -107,10 +94,8 @@ def widen(
             found = [cross_entropy(run(ids).numpy()[:-1], ids[1:]) for ids in windows]
         return np.concatenate(found)
 
-    watch = Watch(quantizer.module)
-    with watch:
-        truth = losses()
-    quantizer.prepare(watch.maps)
+    quantizer.prepare_for(run, windows[0])
+    truth = losses()
 
     def ratio() -> float:
         with quantizer.applied():
@@ -119,7 +104,12 @@ def widen(
     goal = 1 + MARGIN * (budget - 1)
     narrow = ratio()
     if narrow <= goal:
-        return {"narrow_ratio": narrow, "ratio": narrow, "maps": len(watch.maps), "names": []}
+        return {
+            "narrow_ratio": narrow,
+            "ratio": narrow,
+            "matrices": len(quantizer.made),
+            "names": [],
+        }
     order = _worst_first(harms(quantizer, run, windows[:WINDOWS]), quantizer)
     few, many, reached = 0, len(order), math.nan
     while few < many:
@@ -133,7 +123,7 @@ def widen(
     return {
         "narrow_ratio": narrow,
         "ratio": reached if math.isfinite(reached) else ratio(),
-        "maps": len(order),
+        "matrices": len(order),
         "names": order[:many],
     }
 

@@ -39,6 +39,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "accuracy_level": LEVELS,
     "method": METHODS,
     "mixed": (True, False),
+    "tuned": (True, False),
 }
 
 Floats = NDArray[np.float32]
@@ -55,7 +56,8 @@ class Scheme:
     symmetric       the zero point is the middle of the codes, and not stored
     accuracy_level  of MatMulNBits: 0 computes in float32, 4 with activations rounded to int8
     method          how codes and scales are found: see methods.py
-    mixed           linear maps that cost too much in 4 bits have 8: see mixed.py
+    mixed           matrices that cost too much in 4 bits have 8: see mixed.py
+    tuned           scales are moved, all together, until the model says what it did: see tuning.py
 
     Raises UsageError for what no operator or method takes.
     """
@@ -67,6 +69,7 @@ class Scheme:
     method: str = "plain"
     head: int = 4
     mixed: bool = False
+    tuned: bool = False
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():
@@ -84,7 +87,8 @@ class Scheme:
     def __str__(self) -> str:
         head = f", embedding and head {self.head}" if self.head != self.bits else ""
         kind = "symmetric" if self.symmetric else "with zero points"
-        return f"{self.bits} bits{head}, blocks of {self.block}, {kind}, {self.method}"
+        tuned = ", tuned" if self.tuned else ""
+        return f"{self.bits} bits{head}, blocks of {self.block}, {kind}, {self.method}{tuned}"
 
     @property
     def middle(self) -> int:
@@ -129,11 +133,15 @@ class Quantized:
         assert self.zeros is not None
         return packed(self.zeros, self.bits)
 
+    def signed(self) -> NDArray[np.int16]:
+        """The codes less their zero points: int16 [N, K / block, block]."""
+        zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[..., None]
+        codes = self.codes.reshape(*self.scales.shape, -1).astype(np.int16)
+        return codes - np.asarray(zeros, np.int16)
+
     def values(self) -> Floats:
         """What the codes stand for: float32 [N, K]."""
-        zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[..., None]
-        codes = self.codes.reshape(*self.scales.shape, -1).astype(np.float32)
-        values: Floats = (codes - np.asarray(zeros, np.float32)) * self.scales[..., None]
+        values: Floats = self.signed() * self.scales[..., None]
         return values.reshape(self.codes.shape)
 
 
@@ -149,7 +157,7 @@ def packed(codes: Codes, bits: int) -> Codes:
 
 SCHEMES = {
     "int8": Scheme(8, block=COARSE, method="gptq", head=8),
-    "int4": Scheme(4, block=32, method="gptq", head=8, mixed=True),
+    "int4": Scheme(4, block=32, method="gptq", head=4, mixed=True, tuned=True),
 }
 """What a precision stands for, unless a recipe says otherwise. Figures: docs/precision.md."""
 

@@ -11,7 +11,8 @@ stored once. Small matrices, vectors, and what no rule matches stay as they are.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from edgert.export.calibration import Watch
 from edgert.export.initializers import digest, initializer
 from edgert.export.methods import METHODS, Moments
 from edgert.export.nbits import CALIBRATED, Floats, Quantized, Scheme
@@ -29,6 +31,8 @@ from edgert.spec import Lowering
 
 LEAST = 4096
 """Elements of the smallest matrix that is worth it."""
+
+Ids = NDArray[np.int64]
 
 _DOMAIN = "com.microsoft"
 
@@ -59,17 +63,30 @@ class Quantizer:
             if parameter.ndim == 2 and parameter.numel() >= LEAST:
                 self._names.setdefault(digest(parameter.detach().numpy()), name)
 
-    def prepare(self, maps: Iterable[str]) -> None:
-        """Round linear maps [K, N] before a graph asks for them."""
-        for name in maps:
-            if self.module.get_parameter(name).numel() >= LEAST:
-                self._quantized(name, transposed=True)
+    def prepare(self, maps: Iterable[str], heads: Iterable[str] = ()) -> None:
+        """Round linear maps [K, N] and heads [N, K] before a graph asks for them."""
+        for names, transposed in ((maps, True), (heads, False)):
+            for name in names:
+                if self.module.get_parameter(name).numel() >= LEAST:
+                    self._quantized(name, transposed)
+
+    def prepare_for(self, run: Callable[[Ids], object], ids: Ids) -> None:
+        """The same for all that the module multiplies by as it runs."""
+        with torch.no_grad(), Watch(self.module) as watch:
+            run(ids)
+        self.prepare(watch.maps, watch.heads)
 
     def widen(self, names: Iterable[str]) -> None:
-        """Have 8 bits for these linear maps, and for these alone."""
+        """Have 8 bits for these matrices, and for no others that the scheme gives fewer."""
         self.wide = frozenset(names)
         for name, (transposed, _) in list(self.made.items()):
             self._quantized(name, transposed)
+
+    def rescale(self, name: str, scales: Floats) -> None:
+        """Have other scales [N, K / block] for the codes of a matrix."""
+        transposed, quantized = self.made[name]
+        self._codes[name, quantized.bits] = moved = replace(quantized, scales=scales)
+        self.made[name] = transposed, moved
 
     def change(self, name: str) -> Floats:
         """What rounding adds to a weight: [N, K]."""
@@ -146,7 +163,8 @@ class Quantizer:
 
     def _quantized(self, name: str, transposed: bool) -> Quantized | None:
         """None if no block divides the inputs."""
-        bits = self.scheme.head if not transposed else 8 if name in self.wide else self.scheme.bits
+        usual = self.scheme.bits if transposed else self.scheme.head
+        bits = 8 if name in self.wide else usual
         if name not in self.made or self.made[name][1].bits != bits:
             if (name, bits) not in self._codes:
                 weight = self._weight(name, transposed)

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from edgert.export.half import Halver
 from edgert.export.kv_int8 import Int8KV, calibrated
 from edgert.export.nbits import SCHEMES, Scheme, scheme_of
 from edgert.export.rewriter import Rewriter
+from edgert.export.spoken import ROUNDS, Ids, spoken
 from edgert.export.task import task_of
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
@@ -142,7 +144,8 @@ def export_bundle(
     program = program_of(source.model)
     source = replace(source, task=task_of(program, options.task, source.task, reporter))
     lowerings = _feasible(program, options.lowerings, reporter)
-    rewriters = _rewriters(program, source, options, lowerings, reporter)
+    said = partial(_said, program, source, out, reporter)
+    rewriters = _rewriters(program, source, options, lowerings, said, reporter)
     kv = calibrated(program, source, lowerings, reporter) if "int8" in options.kvs else None
     with workshop(out) as work:
         variants = _write_graphs(work, program, options, lowerings, rewriters, kv, reporter)
@@ -161,11 +164,12 @@ def _rewriters(
     source: Imported,
     options: ExportOptions,
     lowerings: tuple[Lowering, ...],
+    said: Callable[[], list[Ids]],
     reporter: Reporter,
 ) -> dict[str, Rewriter]:
     """By precision: what makes its graphs out of those of fp32."""
     found: dict[str, Rewriter] = {}
-    found |= quantizers_of(program, source, options.weight_only, lowerings, reporter)
+    found |= quantizers_of(program, source, options.weight_only, lowerings, said, reporter)
     if "fp16" in options.precisions:
         if Halver.lowering not in lowerings:
             raise UsageError(
@@ -174,6 +178,16 @@ def _rewriters(
             )
         found["fp16"] = Halver(program)
     return found
+
+
+def _said(program: Program, source: Imported, out: Path, reporter: Reporter) -> list[Ids]:
+    """What the model says in fp32, by a bundle that is made for this alone."""
+    options = ExportOptions(lowerings=("ort",))
+    with workshop(out) as work:
+        variants = _write_graphs(work, program, options, ("ort",), {}, None, reporter)
+        _write_sealed(work, _manifest(work, program, source, options, variants))
+        with reporter.stage("asking", "what the model says by itself", ROUNDS) as advance:
+            return spoken(work, next(iter(variants)), advance)
 
 
 def _feasible(

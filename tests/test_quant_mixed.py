@@ -81,7 +81,7 @@ def test_as_few_maps_as_hold_the_budget(model) -> None:
     found = widen(quantizer, run, windows, budget=1 + (goal - 1) / MARGIN)
     assert found["narrow_ratio"] == narrow
     assert found["ratio"] <= goal
-    assert found["maps"] == 8
+    assert found["matrices"] == 8
     names = found["names"]
     assert 0 < len(names) < 8
     assert {n for n, (_, q) in quantizer.made.items() if q.bits == 8} == set(names)
@@ -100,7 +100,7 @@ def test_none_where_none_is_needed_and_all_where_all_are(model) -> None:
     windows, run = said(model, 4), runner(model)
     assert widen(Quantizer(model, COARSE), run, windows, budget=100.0)["names"] == []
     found = widen(Quantizer(model, COARSE), run, windows, budget=0.5)
-    assert len(found["names"]) == found["maps"] == 8
+    assert len(found["names"]) == found["matrices"] == 8
 
 
 def test_int4_is_mixed_unless_a_recipe_says_otherwise() -> None:

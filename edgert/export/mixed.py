@@ -104,12 +104,8 @@ def widen(
     goal = 1 + MARGIN * (budget - 1)
     narrow = ratio()
     if narrow <= goal:
-        return {
-            "narrow_ratio": narrow,
-            "ratio": narrow,
-            "matrices": len(quantizer.made),
-            "names": [],
-        }
+        count = sum(quantized.bits < 8 for _, quantized in quantizer.made.values())
+        return {"narrow_ratio": narrow, "ratio": narrow, "matrices": count, "names": []}
     order = _worst_first(harms(quantizer, run, windows[:WINDOWS]), quantizer)
     few, many, reached = 0, len(order), math.nan
     while few < many:

@@ -126,7 +126,7 @@ def test_every_precision_is_a_variant_and_passes_the_tight_gate(spoken) -> None:
 def test_a_variant_computes_with_the_values_of_its_codes(tmp_path, traced_once) -> None:
     """The runtime's logits are those of the model whose weights are the rounded ones."""
     source = small()
-    exact = {"int4": {"accuracy_level": 0, "method": "plain", "head": 4}}
+    exact = {"int4": {"accuracy_level": 0, "method": "plain", "tuned": False}}
     options = ExportOptions(precision="int4", lowerings=("ort",), schemes=exact)
     export_bundle(source, tmp_path / "bundle", options)
     ids = np.arange(20)[None] % 96
@@ -156,7 +156,7 @@ def test_a_tied_head_is_stored_once_and_the_file_is_no_larger_than_its_weights(
     (rows,) = (place for name, place in places.items() if name.endswith("embed.rows"))
     (codes,) = (place for name, place in places.items() if name.endswith("embed.codes"))
     assert rows == codes
-    assert rows[1] == 267 * 48  # its rows are in 8 bits, in both precisions
+    assert rows[1] == 267 * 48 * int(precision[3:]) // 8
     unique = sum(length for _, length in set(places.values()))
     assert (folder / "weights.data").stat().st_size <= 1.05 * unique
     ops = operators(folder / "decode-ort.onnx")
@@ -201,7 +201,7 @@ def test_what_it_cost_is_in_the_bundle_and_said(spoken, run) -> None:
     assert report["text"]["text"] == "pydoc topics"
     eight, four = (report["variants"][name] for name in ("int8-ort", "int4-ort"))
     assert eight["tokens"] == four["tokens"] > 4000
-    assert 0 < eight["kl"] < four["kl"] < 1
+    assert 0 < eight["kl"] < four["kl"] < 2
     assert eight["top1"] > four["top1"] > 0.5
     assert eight["scheme"]["bits"] == 8
     assert four["scheme"]["method"] == "gptq"

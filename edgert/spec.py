@@ -17,6 +17,7 @@ Endpoints name what a graph is wired to, as `<kind>.<name>`:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -42,6 +43,11 @@ each step ('tokens', 'select')."""
 class TensorSpec:
     dtype: str
     shape: tuple[Axis, ...]
+
+
+def resolve(shape: tuple[Axis, ...], axes: Mapping[str, int]) -> tuple[int, ...]:
+    """Replace axis names by their sizes."""
+    return tuple(axes[axis] if isinstance(axis, str) else axis for axis in shape)
 
 
 DECODER_INPUTS = {
@@ -240,6 +246,11 @@ class Manifest:
         """The variants that compute with the same numbers: of its precision and state dtypes."""
         numbers = (self.variants[variant].precision, self.variants[variant].state_dtypes)
         return [n for n, v in self.variants.items() if (v.precision, v.state_dtypes) == numbers]
+
+    def hashes_of(self, graph: GraphSpec) -> tuple[str, ...]:
+        """SHA-256 of a graph's file, then of its data files; of those that are listed."""
+        listed = (self.files.get(name) for name in (graph.file, *graph.data))
+        return tuple(entry.sha256 for entry in listed if entry is not None)
 
     def bytes_of(self, variant: str) -> int:
         """Size of the files of a variant's graphs."""

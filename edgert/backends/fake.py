@@ -58,7 +58,7 @@ class FakeBackend(Backend):
     def load(self, source: GraphSource) -> FakeGraph:
         return FakeGraph(self._graphs[source.name])
 
-    def allocate(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+    def allocate(self, dtype: str, shape: tuple[int, ...], *, shared: bool = False) -> HostBuffer:
         return HostBuffer(host_zeros(dtype, shape))
 
     def close(self) -> None:

@@ -21,8 +21,16 @@ from edgert.build.target import ONE, Span, Target
 from edgert.bundle import Bundle
 from edgert.errors import Incompatible, OutOfMemory, UnsupportedModel, UsageError
 from edgert.onnxfile import read_onnx_facts
-from edgert.spec import GraphSpec, Manifest, StateSpec, TensorSpec, VariantSpec, Wire, endpoint_at
-from edgert.state import resolve
+from edgert.spec import (
+    GraphSpec,
+    Manifest,
+    StateSpec,
+    TensorSpec,
+    VariantSpec,
+    Wire,
+    endpoint_at,
+    resolve,
+)
 
 MB = 1_000_000
 BUILD_FACTOR = 4
@@ -247,7 +255,7 @@ def _graph(
     return GraphPlan(
         name=name,
         path=bundle.path(spec.file),
-        sha256=tuple(manifest.files[file].sha256 for file in (spec.file, *spec.data)),
+        sha256=manifest.hashes_of(spec),
         inputs=inputs,
         outputs={port: spec_of(manifest, wire) for port, wire in spec.outputs.items()},
         profiles=tuple(

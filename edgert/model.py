@@ -31,6 +31,7 @@ from edgert.tasks import Task, find
 from edgert.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from edgert.direct import Call
     from edgert.tracing import TraceStep
 
 MAX_REPORT = 1 << 20
@@ -290,6 +291,19 @@ class Model:
         if self.manifest.solves:
             return trace_puzzles(self, inputs, number, steps)
         return trace_tokens(self, self._sequences(inputs), steps)
+
+    def bind(self, part: str, inputs: Mapping[str, object], outputs: Mapping[str, object]) -> Call:
+        """One graph of the model over arrays of the caller's, which are read and written in place:
+        numpy arrays on a CPU, on a device any with `__cuda_array_interface__`.
+
+        part     prologue, body or epilogue
+        inputs, outputs  an array for each of the graph's, by the names that `edgert inspect` lists
+        Raises UsageError (a name, type or shape that is not the graph's), Incompatible (an array
+        of the other memory, or a shape that no engine takes).
+        """
+        from edgert.direct import Call
+
+        return Call(self.runner, part, inputs, outputs)
 
     def close(self) -> None:
         """Let go of the graphs. Its sessions raise UsageError from then on; `tokens` stay."""

@@ -247,6 +247,22 @@ class Manifest:
         numbers = (self.variants[variant].precision, self.variants[variant].state_dtypes)
         return [n for n, v in self.variants.items() if (v.precision, v.state_dtypes) == numbers]
 
+    def tensor_of(self, wire: Wire, variant: str | None = None) -> TensorSpec:
+        """dtype and shape of what a port is wired to; of a state, as a variant keeps it."""
+        kind, _, name = endpoint_at(wire, 0).partition(".")
+        if kind == "state":
+            states = self.states if variant is None else self.states_of(variant)
+            return TensorSpec(states[name].dtype, states[name].shape)
+        if kind == "loop":
+            return TensorSpec("int64", ("batch",) if name == "steps" else ())
+        loop = self.program.loop
+        return {
+            "input": self.inputs,
+            "result": self.results,
+            "value": loop.values if loop else {},
+            "signal": loop.signals if loop else {},
+        }[kind][name]
+
     def hashes_of(self, graph: GraphSpec) -> tuple[str, ...]:
         """SHA-256 of a graph's file, then of its data files; of those that are listed."""
         listed = (self.files.get(name) for name in (graph.file, *graph.data))

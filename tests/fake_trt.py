@@ -18,7 +18,7 @@ from fake_cuda import FakeCuda
 
 from edgert.backends.tensorrt.backend import TensorRTBackend
 from edgert.backends.tensorrt.engine import DTYPES
-from edgert.build.plan import ShapeProfile, profiles_of, shape_profile, spec_of
+from edgert.build.plan import ShapeProfile, profiles_of, shape_profile
 from edgert.build.target import find
 from edgert.bundle import Bundle
 from edgert.enginestore import Fingerprint, engine_path, write_engine
@@ -206,8 +206,8 @@ _spoiled.spoils = True  # type: ignore[attr-defined]
 def compiled(manifest: Manifest, variant: str, name: str, function: Function) -> Compiled:
     """An engine with the shape profiles that `edgert build` gives it for an Orin Nano."""
     spec = manifest.variants[variant].graphs[name]
-    inputs = {port: spec_of(manifest, wire) for port, wire in spec.inputs.items()}
-    outputs = {port: spec_of(manifest, wire) for port, wire in spec.outputs.items()}
+    inputs = {port: manifest.tensor_of(wire) for port, wire in spec.inputs.items()}
+    outputs = {port: manifest.tensor_of(wire) for port, wire in spec.outputs.items()}
     spans = profiles_of(manifest, ORIN)
     profiles = [shape_profile(profile, inputs, axes) for profile, axes in spans.items()]
     return Compiled(inputs, outputs, [p for p in profiles if p.shapes], function)

@@ -44,7 +44,7 @@ RUN_ZONE = (
     Line("model session generate snapshot solving puzzles pausing tracing", together=True),
     Line("sessionfile solvingfile"),
     Line("sessionstore"),
-    Line("runner looping slots speculate", together=True),
+    Line("runner looping slots speculate direct", together=True),
     Line("state"),
     Line("tokenizer chat sampler stops backends vault tasks programs exits"),
     Line("bundle manifest wiring cache enginestore onnxfile files tensors workshop", together=True),

@@ -120,6 +120,15 @@ class Backend(ABC):
         shared  the host reads or writes it in place, as `host`
         """
 
+    @abstractmethod
+    def borrow(self, value: object, *, writes: bool = False) -> Buffer:
+        """An array of the caller's as a buffer, over the same memory; the buffer keeps it.
+
+        writes  a graph will write it
+        Raises UsageError for what is no dense array, or cannot be written; Incompatible for one in
+        memory that this backend does not compute in.
+        """
+
     def ready(self, variant_id: str) -> bool:
         """Whether all that a variant needs here is at hand, such as engines compiled for it."""
         return True
@@ -159,6 +168,25 @@ class HostBuffer(Buffer):
         if not 0 <= index < self.shape[0]:
             raise IndexError(f"row {index} of a buffer of {self.shape[0]} rows")
         return type(self)(self._array[index : index + 1])
+
+
+def host_array(value: object, writes: bool) -> Array:
+    """An array of the caller's that a CPU computes on, as it is. Raises as `Backend.borrow`."""
+    from edgert.errors import Incompatible, UsageError
+
+    if not isinstance(value, np.ndarray):
+        if hasattr(value, "__cuda_array_interface__"):
+            raise Incompatible(
+                f"an array of {type(value).__module__} is in the memory of a GPU, and this model "
+                "runs on the CPU",
+                do="copy it into a numpy array, or load the model with device='tensorrt'",
+            )
+        raise UsageError(f"{type(value).__name__} is no numpy array", do="make one of it")
+    if not value.flags.c_contiguous or not value.flags.aligned or not value.dtype.isnative:
+        raise UsageError("the array is not dense", do="give numpy.ascontiguousarray of it")
+    if writes and not value.flags.writeable:
+        raise UsageError("the array is for reading only", do="give another one for the result")
+    return value
 
 
 def host_zeros(dtype: str, shape: tuple[int, ...]) -> Array:

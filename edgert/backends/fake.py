@@ -18,6 +18,7 @@ from edgert.backends.base import (
     GraphSource,
     HostBuffer,
     LoadedGraph,
+    host_array,
     host_zeros,
 )
 
@@ -60,6 +61,9 @@ class FakeBackend(Backend):
 
     def allocate(self, dtype: str, shape: tuple[int, ...], *, shared: bool = False) -> HostBuffer:
         return HostBuffer(host_zeros(dtype, shape))
+
+    def borrow(self, value: object, *, writes: bool = False) -> HostBuffer:
+        return HostBuffer(host_array(value, writes))
 
     def close(self) -> None:
         pass

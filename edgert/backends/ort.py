@@ -19,6 +19,7 @@ from edgert.backends.base import (
     GraphSource,
     HostBuffer,
     LoadedGraph,
+    host_array,
     host_zeros,
 )
 from edgert.errors import (
@@ -268,6 +269,9 @@ class OrtBackend(Backend):
 
     def allocate(self, dtype: str, shape: tuple[int, ...], *, shared: bool = False) -> OrtBuffer:
         return OrtBuffer(host_zeros(dtype, shape))
+
+    def borrow(self, value: object, *, writes: bool = False) -> OrtBuffer:
+        return OrtBuffer(host_array(value, writes))
 
     def close(self) -> None:
         """Nothing is held: graphs and buffers stay with their users."""

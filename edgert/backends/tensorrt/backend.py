@@ -128,6 +128,11 @@ class TensorRTBackend(Backend):
 
     def borrow(self, value: object, *, writes: bool = False) -> DeviceBuffer:
         """An array of the caller's on the device, used where it is."""
+        if isinstance(value, np.ndarray):
+            raise Incompatible(
+                "a numpy array is in the memory of the host, and this model runs on the GPU",
+                do="give one on the device: of pycuda, CuPy or torch",
+            )
         array = device_array(value)
         if writes and array.read_only:
             raise UsageError("the array is for reading only", do="give another one for the result")

@@ -60,13 +60,55 @@ class Fingerprint:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A file that says of itself what it is of; `read_engine` finds out whether that is so.
+
+    signature  its MAC, shortened: no two engines have the same
+    modified   in nanoseconds
+    """
+
+    path: Path
+    made_for: dict[str, Any]
+    signature: str
+    modified: int
+
+
+def stored_engines(variant_id: str, compiler: str, sm: str) -> list[Stored]:
+    """The engines of a variant for a compiler and a kind of device, as their headers say."""
+    found = []
+    for path in sorted(engines_folder().glob("*.engine")):
+        try:
+            header = _header(path)
+            made_for = dict(header[1]["made_for"])
+            wanted = (variant_id, compiler, sm)
+            if tuple(made_for.get(key) for key in ("variant_id", "compiler", "sm")) != wanted:
+                continue
+            if {"graph", "files"} <= made_for.keys():
+                modified = path.stat().st_mtime_ns
+                found.append(Stored(path, made_for, header[0], modified))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):  # not one of ours
+            continue
+    return found
+
+
+def _header(path: Path) -> tuple[str, dict[str, Any]]:
+    """Signature and header of a file, not authenticated. Raises ValueError and others."""
+    with path.open("rb") as file:
+        start = file.read(_START + 8)
+        length = int.from_bytes(start[_START:], "little")
+        if not start.startswith(MAGIC) or len(start) != _START + 8 or length > MAX_HEADER:
+            raise ValueError("not an engine")
+        return start[len(MAGIC) : len(MAGIC) + 8].hex(), json.loads(file.read(length))
+
+
 def engine_path(made_for: Fingerprint) -> Path:
-    return _folder() / f"{made_for.name}.engine"
+    return engines_folder() / f"{made_for.name}.engine"
 
 
 def timings_path(compiler: str, sm: str) -> Path:
     """Where a compiler's timings for a kind of device are kept; signed like an engine."""
-    return _folder() / f"timings-{_slug(compiler)}-sm{_slug(sm)}.engine"
+    return engines_folder() / f"timings-{_slug(compiler)}-sm{_slug(sm)}.engine"
 
 
 def write_engine(path: Path, made_for: Mapping[str, Any], facts: Any, engine: bytes) -> None:
@@ -170,7 +212,7 @@ def _mac(key: bytes, parts: list[Any]) -> bytes:
     return mac.digest()
 
 
-def _folder() -> Path:
+def engines_folder() -> Path:
     folder = cache_dir() / "engines"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -17,6 +17,7 @@
     ├── OutOfMemory             5    an allocation failed or a preflight refused it
     ├── CapacityExceeded        5    the sequence is longer than the model or its state allows
     ├── GateFailed              6    a graph does not compute what the model computes
+    ├── DeviceFailed            1    a call of CUDA or TensorRT failed while a model ran
     ├── Diverged                1    training came to a loss or gradient that is NaN or infinite
     └── Poisoned                1    the session failed in mid-step; its state is not trusted
 
@@ -32,6 +33,7 @@ __all__ = [
     "BadSession",
     "BadTokenizer",
     "CapacityExceeded",
+    "DeviceFailed",
     "Diverged",
     "EdgertError",
     "ExcessiveDrift",
@@ -141,6 +143,10 @@ class CapacityExceeded(EdgertError):
 
 class GateFailed(EdgertError):
     exit_code = 6
+
+
+class DeviceFailed(EdgertError):
+    pass
 
 
 class Diverged(EdgertError):

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from edgert.backends.base import Array, Backend, Binding, Buffer
 from edgert.halting import SIGNAL, Halt
-from edgert.spec import GraphSpec, TensorSpec, endpoint_at
-from edgert.state import States, resolve
+from edgert.spec import GraphSpec, TensorSpec, endpoint_at, resolve
+from edgert.state import States
 
 if TYPE_CHECKING:
     from edgert.runner import Runner
@@ -28,8 +28,11 @@ _clock = time.perf_counter_ns
 def buffers(
     backend: Backend, specs: Mapping[str, TensorSpec], axes: Mapping[str, int]
 ) -> dict[str, Buffer]:
-    """A buffer for each tensor, by its name."""
-    return {n: backend.allocate(s.dtype, resolve(s.shape, axes)) for n, s in specs.items()}
+    """A buffer for each tensor that the host writes or reads, by its name."""
+    return {
+        name: backend.allocate(spec.dtype, resolve(spec.shape, axes), shared=True)
+        for name, spec in specs.items()
+    }
 
 
 class Bound:
@@ -40,6 +43,7 @@ class Bound:
 
     def __init__(self, runner: Runner, ends: Mapping[str, Buffer], axes: Mapping[str, int]) -> None:
         self._runner = runner
+        self._wait = runner.backend.wait
         self.ends = dict(ends)
         self.pairs: dict[str, tuple[Buffer, Buffer]] = {}
         loop = runner.loop
@@ -98,7 +102,7 @@ class BoundStep(Bound):
         if "prologue" in parts:
             self._prologue = self.bind("prologue", 0, 0)
         for i in range(loop.iterations):
-            index = runner.backend.allocate("int64", ())
+            index = runner.backend.allocate("int64", (), shared=True)
             index.write(np.array(i))
             self.ends["loop.iteration"] = index
             self._bodies.append(self.bind("body", i, i))
@@ -126,6 +130,7 @@ class BoundStep(Bound):
             done, inside = (self._single if one else self._batched)(halt, filled, taken)
             spent, begun = spent + inside, _clock()
         self._epilogues[done % 2 if self._bodies else 0].run()
+        self._wait()
         return spent + _clock() - begun
 
     def trace(self, steps: int) -> Iterator[int]:
@@ -139,6 +144,7 @@ class BoundStep(Bound):
             if self._bodies:
                 self._bodies[done - 1].run()
             self._epilogues[done % 2 if self._bodies else 0].run()
+            self._wait()
             yield done
 
     def _single(self, halt: Halt, filled: list[int], taken: NDArray[np.int64]) -> tuple[int, int]:
@@ -154,6 +160,7 @@ class BoundStep(Bound):
         for body in self._bodies[:most]:
             begun = _clock()
             body.run()
+            self._wait()
             spent += _clock() - begun
             done += 1
             self.changes.append(now := change())
@@ -177,6 +184,7 @@ class BoundStep(Bound):
         while done < limit and running.any():
             begun = _clock()
             self._bodies[done].run()
+            self._wait()
             spent += _clock() - begun
             done += 1
             ended = running & halt.ended(done, self._change[:, 0])

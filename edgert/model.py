@@ -31,6 +31,7 @@ from edgert.tasks import Task, find
 from edgert.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from edgert.direct import Call
     from edgert.tracing import TraceStep
 
 MAX_REPORT = 1 << 20
@@ -291,6 +292,19 @@ class Model:
             return trace_puzzles(self, inputs, number, steps)
         return trace_tokens(self, self._sequences(inputs), steps)
 
+    def bind(self, part: str, inputs: Mapping[str, object], outputs: Mapping[str, object]) -> Call:
+        """One graph of the model over arrays of the caller's, which are read and written in place:
+        numpy arrays on a CPU, on a device any with `__cuda_array_interface__`.
+
+        part     prologue, body or epilogue
+        inputs, outputs  an array for each of the graph's, by the names that `edgert inspect` lists
+        Raises UsageError (a name, type or shape that is not the graph's), Incompatible (an array
+        of the other memory, or a shape that no engine takes).
+        """
+        from edgert.direct import Call
+
+        return Call(self.runner, part, inputs, outputs)
+
     def close(self) -> None:
         """Let go of the graphs. Its sessions raise UsageError from then on; `tokens` stay."""
         self.runner.close()
@@ -322,10 +336,11 @@ def load(
 ) -> Model:
     """Open a bundle and load its graphs.
 
-    device     'auto' or 'cpu'
+    device     'auto' (the CPU), 'cpu', 'cuda' (ONNX Runtime's provider) or 'tensorrt' (engines that
+               `edgert build` has made on this device)
     precision  one that the bundle holds ('fp32'); None takes the best one
     kv         how keys and values are kept, 'fp32' or 'int8'; None takes the most accurate
-    lowering   'ort' or 'portable'; None takes the fastest the device runs
+    lowering   'ort', 'portable' or 'modern'; None takes the fastest the device runs
     variant    the name of one that the bundle holds, such as 'fp32-ort-unrolled'
     threads    0: one per physical core (a single one for a model of a few megabytes), or the
                pool that the application has made for all its ONNX Runtime sessions
@@ -339,10 +354,11 @@ def load(
     one pool for all), MissingDependency.
     """
     bundle = Bundle.open(Path(path), True if verify else "stamp", progress)
-    chosen = choose_variant(bundle.manifest, device, precision, lowering, variant, kv)
     backend = open_backend(device, threads=threads, prepack=prepack)
-    tokenizer = tokenizer_beside(bundle)
     try:
+        asked = precision, lowering, variant, kv
+        chosen = choose_variant(bundle.manifest, device, *asked, ready=backend.ready)
+        tokenizer = tokenizer_beside(bundle)
         return Model(bundle, Runner(bundle, chosen, backend), tokenizer)
     except BaseException:
         backend.close()
@@ -369,9 +385,12 @@ def choose_variant(
     lowering: str | None = None,
     variant: str | None = None,
     kv: str | None = None,
+    *,
+    ready: Callable[[str], bool] = lambda variant_id: True,
 ) -> str:
     """The best variant for a device that fits what was asked for, or Incompatible saying why.
 
+    ready  of a variant's id: whether what it needs on the device is at hand. Those come first
     A loop that is unrolled cannot end early: such a variant is taken only by its name, or where
     there is no other.
     """
@@ -379,6 +398,7 @@ def choose_variant(
     unrolled = {n for n in manifest.variants if manifest.parts(n) != manifest.program.parts}
     fitting = [
         (
+            not ready(v.variant_id),
             name in unrolled,
             _rank(PRECISIONS, v.precision),
             _rank(KVS, manifest.kv_of(name)),

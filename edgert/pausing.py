@@ -14,7 +14,7 @@ from edgert.puzzles import checked_ids, checked_rows
 from edgert.snapshot import check_variant, differences, hint, mark
 from edgert.solving import Solution, Solving
 from edgert.solvingfile import Answers, SavedSolving
-from edgert.state import resolve
+from edgert.spec import resolve
 
 if TYPE_CHECKING:
     from edgert.model import Model

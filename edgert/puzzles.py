@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from edgert.backends.base import Array
 from edgert.bundle import Bundle
 from edgert.errors import UsageError
-from edgert.state import resolve, stored_array
+from edgert.spec import resolve
+from edgert.state import stored_array
 
 if TYPE_CHECKING:
     from edgert.model import Model

@@ -91,6 +91,10 @@ class Runner:
                     path=bundle.root / spec.file,
                     inputs=tuple(spec.inputs),
                     outputs=tuple(spec.outputs),
+                    bundle=str(bundle.root),
+                    variant=variant,
+                    variant_id=self.variant.variant_id,
+                    sha256=manifest.hashes_of(spec),
                 )
             )
 

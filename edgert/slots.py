@@ -17,7 +17,7 @@ from edgert.backends.base import Array, Binding
 from edgert.errors import OutOfMemory
 from edgert.looping import Bound, buffers
 from edgert.runner import Runner
-from edgert.state import resolve
+from edgert.spec import resolve
 
 STEPS = "loop.steps"
 
@@ -48,7 +48,7 @@ class Slots(Bound):
         """Raises OutOfMemory, before anything is allocated if it is plain that it does not fit."""
         _check_memory(runner, batch)
         axes = {"batch": batch}
-        steps = runner.backend.allocate("int64", (batch,))
+        steps = runner.backend.allocate("int64", (batch,), shared=True)
         self.outcomes = buffers(runner.backend, runner.manifest.results, axes)
         ends = {STEPS: steps} | {f"result.{n}": b for n, b in self.outcomes.items()}
         super().__init__(runner, ends, axes)
@@ -72,12 +72,14 @@ class Slots(Bound):
     def advance(self) -> None:
         """One iteration of every row."""
         self._bodies[self._turn].run()
+        self._wait()
         self._turn ^= 1
         self.steps += 1
 
     def results(self) -> dict[str, Array]:
         """The answers of all rows as they are now, by name [batch, ...]: until the next call."""
         self._epilogues[self._turn].run()
+        self._wait()
         return {name: buffer.host for name, buffer in self.outcomes.items()}
 
     def enter(self, row: int, entrance: Entrance) -> None:
@@ -97,7 +99,8 @@ class Slots(Bound):
         """The values of rows, by name [rows, ...], as `adopt` takes them."""
         index = np.asarray(rows, np.intp)
         return {
-            end.removeprefix("value."): self.at(end, self._turn).host[index] for end in self._values
+            end.removeprefix("value."): self.at(end, self._turn).read()[index]
+            for end in self._values
         }
 
     def adopt(self, row: int, values: Mapping[str, Array], steps: int) -> None:
@@ -147,4 +150,5 @@ class Whole(Bound):
         for name, buffer in self.inputs.items():
             buffer.write(inputs[name])
         self._graph.run()
+        self._wait()
         return {name: buffer.host for name, buffer in self.outcomes.items()}

@@ -45,6 +45,11 @@ class TensorSpec:
     shape: tuple[Axis, ...]
 
 
+def resolve(shape: tuple[Axis, ...], axes: Mapping[str, int]) -> tuple[int, ...]:
+    """Replace axis names by their sizes."""
+    return tuple(axes[axis] if isinstance(axis, str) else axis for axis in shape)
+
+
 DECODER_INPUTS = {
     "ids": TensorSpec("int64", ("batch", "tokens")),
     "select": TensorSpec("int64", ("batch", "select")),
@@ -260,10 +265,15 @@ class Manifest:
         numbers = (self.variants[variant].precision, self.variants[variant].state_dtypes)
         return [n for n, v in self.variants.items() if (v.precision, v.state_dtypes) == numbers]
 
-    def carried(self, wire: Wire) -> TensorSpec:
-        """dtype and shape of what an endpoint carries."""
-        loop = self.program.loop
-        return endpoint_spec(wire, self.inputs, self.results, self.states, loop)
+    def tensor_of(self, wire: Wire, variant: str | None = None) -> TensorSpec:
+        """dtype and shape of what a port is wired to; of a state, as a variant keeps it."""
+        states = self.states if variant is None else self.states_of(variant)
+        return endpoint_spec(wire, self.inputs, self.results, states, self.program.loop)
+
+    def hashes_of(self, graph: GraphSpec) -> tuple[str, ...]:
+        """SHA-256 of a graph's file, then of its data files; of those that are listed."""
+        listed = (self.files.get(name) for name in (graph.file, *graph.data))
+        return tuple(entry.sha256 for entry in listed if entry is not None)
 
     def bytes_of(self, variant: str) -> int:
         """Size of the files of a variant's graphs."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgert.backends.base import Backend, Buffer
 from edgert.errors import BadBundle, CapacityExceeded, EdgertError
-from edgert.spec import Axis, StateSpec
+from edgert.spec import StateSpec, resolve
 
 BUCKETS = (256, 1024, 4096)
 """Capacities that a session grows through; beyond the last one, in multiples of it."""
@@ -30,11 +30,6 @@ def bucket(tokens: int, context: int) -> int:
     last = BUCKETS[-1]
     capacity = next((b for b in BUCKETS if tokens <= b), -(-tokens // last) * last)
     return min(capacity, context)
-
-
-def resolve(shape: tuple[Axis, ...], axes: Mapping[str, int]) -> tuple[int, ...]:
-    """Replace axis names by their sizes."""
-    return tuple(axes[axis] if isinstance(axis, str) else axis for axis in shape)
 
 
 def rows_in(specs: Mapping[str, StateSpec], saved: Mapping[str, NDArray[np.generic]]) -> int:
@@ -99,7 +94,8 @@ class States:
     def _allocate(self, name: str, capacity: int) -> Buffer:
         spec = self.specs[name]
         shape = resolve(spec.shape, {"batch": self.batch, "capacity": capacity})
-        buffer = self._backend.allocate(spec.dtype, shape)
+        # A counter is advanced by the host, in place.
+        buffer = self._backend.allocate(spec.dtype, shape, shared=spec.kind == "counter")
         if spec.init != "zeros":
             self._initialise(name, buffer)
         return buffer
@@ -190,7 +186,7 @@ class States:
         for name, new in moved.items():
             old = self.buffers[name]
             both = tuple(slice(min(sizes)) for sizes in zip(old.shape, new.shape, strict=True))
-            new.host[both] = old.host[both]
+            new.copy(old, both)
         self.buffers.update(moved)
         self.capacity = capacity
 

@@ -351,7 +351,7 @@ def test_onnxruntime_that_is_too_old_is_refused(monkeypatch, version):
     assert "onnxruntime 1.23 or newer" in str(caught.value)
 
 
-@pytest.mark.parametrize("device", ["cuda", "", "CPU"])
+@pytest.mark.parametrize("device", ["gpu", "", "CPU"])
 def test_an_unknown_device_names_those_there_are(device):
     for use in (open_backend, lowerings):
         with pytest.raises(Incompatible, match=f"no device {device!r}") as caught:

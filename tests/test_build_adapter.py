@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from wheels import ROOT
+from api_gate import TRT as API
+from api_gate import called, strange, tree_of, uses
 
 from edgert.build import adapter
 from edgert.build.adapter import HOLDS, compile_graph
@@ -21,31 +20,12 @@ from edgert.doctor.machine import Machine
 from edgert.errors import EdgertError, Incompatible, MissingDependency
 from edgert.spec import TensorSpec
 
-API: dict[str, Any] = json.loads((ROOT / "tests" / "trt_api.json").read_text(encoding="utf-8"))
-"""Members by version, recorded from the real modules by scripts/record_trt_api.py."""
-
 RTX_ONLY = {"ComputeCapability", "num_compute_capabilities", "set_compute_capability"}
 RTX_ONLY |= {"get_compute_capability"}
 """TensorRT builds for the device that it runs on; TensorRT-RTX is told which."""
 
 ORIN = find("orin-nano-jp6")
-TREE = ast.parse(Path(adapter.__file__).read_text(encoding="utf-8"))
-
-
-def uses() -> list[tuple[str, str, int]]:
-    """(class or 'module', member, line) of each attribute that is taken from the library."""
-    found = []
-    for node in ast.walk(TREE):
-        if not isinstance(node, ast.Attribute):
-            continue
-        owner = node.value
-        if isinstance(owner, ast.Name) and owner.id == "trt":
-            found.append(("module", node.attr, node.lineno))
-        elif isinstance(owner, ast.Name) and owner.id in HOLDS:
-            found.append((HOLDS[owner.id], node.attr, node.lineno))
-        elif isinstance(owner, ast.Attribute) and ast.unparse(owner).startswith("trt."):
-            found.append((ast.unparse(owner).removeprefix("trt."), node.attr, node.lineno))
-    return found
+TREE = tree_of(adapter)
 
 
 @pytest.mark.parametrize("version", API)
@@ -54,34 +34,22 @@ def test_every_member_that_is_used_is_in_every_version(version):
     members = API[version]
     wrong = [
         f"line {line}: {owner}.{name}"
-        for owner, name, line in uses()
+        for owner, name, line in uses(TREE, HOLDS)
         if name not in members.get(owner, ())
         and not (name in RTX_ONLY and not version.startswith("rtx"))
         and not (owner == "ILogger" and name == "__init__")
         and not (owner == "IProgressMonitor" and name == "__init__")
     ]
     assert not wrong
-    assert {owner for owner, _, _ in uses()} >= {"module", *HOLDS.values()}
+    assert {owner for owner, _, _ in uses(TREE, HOLDS)} >= {"module", *HOLDS.values()}
 
 
 def test_every_object_of_the_library_is_known_by_its_name():
     """An attribute of anything else is ours or Python's: a new variable is put into HOLDS."""
-    ours = """advance dict found functools graph kinds log now phases plan profiles progress reasons
-    self shape shapes spec target timings wanted wrong""".split()  # noqa: SIM905
-    strange = {
-        f"line {node.lineno}: {ast.unparse(node)}"
-        for node in ast.walk(TREE)
-        if isinstance(node, ast.Attribute)
-        and isinstance(node.value, ast.Name)
-        and node.value.id not in HOLDS.keys() | {*ours, "trt"}
-    }
-    assert not strange
-    called = {  # what a call gives back has no name that would say what it is
-        ast.unparse(node)
-        for node in ast.walk(TREE)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call)
-    }
-    assert called == {"error.code().name", "str(message).split"}
+    ours = """advance dict found graph kinds log now phases plan profiles progress reasons
+    self shape shapes spec target timings wanted wrong"""
+    assert not strange(TREE, HOLDS, ours)
+    assert called(TREE) == {"error.code().name"}
 
 
 def test_dtypes_are_those_of_the_manifest_and_of_every_version():

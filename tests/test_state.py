@@ -10,8 +10,8 @@ import pytest
 from edgert.backends.base import HostBuffer
 from edgert.backends.fake import FakeBackend
 from edgert.errors import BadBundle, CapacityExceeded, EdgertError, OutOfMemory
-from edgert.spec import StateSpec
-from edgert.state import States, bucket, resolve, rows_in
+from edgert.spec import StateSpec, resolve
+from edgert.state import States, bucket, rows_in
 
 SPECS = {
     "lens": StateSpec("counter", "int64", ("batch",)),
@@ -112,7 +112,9 @@ def test_a_failed_growth_changes_nothing():
     """The second of two states finds no memory: the first has not moved either."""
 
     class Scarce(FakeBackend):
-        def allocate(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+        def allocate(
+            self, dtype: str, shape: tuple[int, ...], *, shared: bool = False
+        ) -> HostBuffer:
             if shape == (1, 20, 2):
                 raise OutOfMemory("no more")
             return super().allocate(dtype, shape)

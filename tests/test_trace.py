@@ -54,7 +54,7 @@ def test_the_graph_has_the_names_types_and_axes_of_the_program(program, protos, 
     for values, wiring in ((proto.input, graph.inputs), (proto.output, graph.outputs)):
         assert [value.name for value in values] == list(wiring)
         for value in values:
-            spec = program.carried(wiring[value.name])
+            spec = program.tensor_of(wiring[value.name])
             tensor = value.type.tensor_type
             axes = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from edgert.backends.base import Backend
-from edgert.errors import Incompatible
+from edgert.errors import Incompatible, UsageError
 from edgert.spec import Lowering
 
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "cuda", "tensorrt")
+"""auto is cpu: a GPU is used where it is asked for."""
 
-_LOWERINGS: dict[str, tuple[Lowering, ...]] = {"cpu": ("ort", "portable")}
+_LOWERINGS: dict[str, tuple[Lowering, ...]] = {
+    "cpu": ("ort", "portable"),
+    "cuda": ("portable",),
+    "tensorrt": ("portable", "modern"),
+}
 
 
 def lowerings(device: str) -> tuple[Lowering, ...]:
@@ -21,8 +26,19 @@ def lowerings(device: str) -> tuple[Lowering, ...]:
 
 
 def open_backend(device: str, *, threads: int = 0, prepack: bool = True) -> Backend:
-    """The backend of a device. Raises Incompatible for a device this machine or version lacks."""
+    """The backend of a device. Raises Incompatible for a device this machine or version lacks,
+    UsageError for a setting that the device has not."""
     lowerings(device)
-    from edgert.backends.ort import OrtBackend
+    if device != "tensorrt":
+        from edgert.backends.ort import OrtBackend
 
-    return OrtBackend(threads=threads, prepack=prepack)
+        provider = "cuda" if device == "cuda" else "cpu"
+        return OrtBackend(threads=threads, prepack=prepack, device=provider)
+    if threads or not prepack:
+        raise UsageError(
+            "threads and the layout of weights are settings of the CPU",
+            do="leave --threads and --low-memory out, or use --device cpu",
+        )
+    from edgert.backends.tensorrt.opening import open_tensorrt
+
+    return open_tensorrt()

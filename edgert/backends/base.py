@@ -3,6 +3,10 @@
 A `Buffer` is memory that the backend owns and the runtime names. A `Binding` ties one graph to
 one set of buffers; running it moves nothing that is already in place. An output may be bound to
 the buffer an input reads: that is how KV state is updated without a copy.
+
+Graphs and copies happen in the order in which they are asked for, and may go on behind the call
+that asked: `Backend.wait` ends them. Before it, the host neither reads nor writes memory that it
+shares with them.
 """
 
 from __future__ import annotations
@@ -21,12 +25,20 @@ Slices = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class GraphSource:
-    """A graph file whose hash and external data paths the bundle has already checked."""
+    """A graph file whose hash and external data paths the bundle has already checked.
+
+    bundle, variant, variant_id, sha256  where it is from, and the hashes of it and its data files:
+                                         by them an engine is found that was compiled from it
+    """
 
     name: str
     path: Path
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    bundle: str = ""
+    variant: str = ""
+    variant_id: str = ""
+    sha256: tuple[str, ...] = ()
 
 
 class Buffer(ABC):
@@ -42,9 +54,10 @@ class Buffer(ABC):
     @property
     @abstractmethod
     def host(self) -> Array:
-        """The same memory as numpy array: valid until the buffer is closed.
+        """The same memory as numpy array, which keeps it.
 
-        Only backends whose memory the host can address have it; others raise Incompatible.
+        Every buffer that was allocated as shared has it, and all of a backend that computes in the
+        host's memory.
         """
 
     @abstractmethod
@@ -57,7 +70,7 @@ class Buffer(ABC):
 
     @abstractmethod
     def copy(self, source: Buffer, at: Slices) -> None:
-        """Take over a part of another buffer of the same backend, shape and dtype."""
+        """Take over a part, which both have, of another buffer of the same backend and dtype."""
 
     @abstractmethod
     def row(self, index: int) -> Buffer:
@@ -67,7 +80,7 @@ class Buffer(ABC):
 class Binding(ABC):
     @abstractmethod
     def run(self) -> None:
-        """Execute the graph over the bound buffers, with the GIL released."""
+        """Execute the graph over the bound buffers, with the GIL released. See `Backend.wait`."""
 
 
 class LoadedGraph(ABC):
@@ -101,8 +114,27 @@ class Backend(ABC):
     def load(self, source: GraphSource) -> LoadedGraph: ...
 
     @abstractmethod
-    def allocate(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        """A buffer of zeros. Raises OutOfMemory with the size that was asked for."""
+    def allocate(self, dtype: str, shape: tuple[int, ...], *, shared: bool = False) -> Buffer:
+        """A buffer of zeros. Raises OutOfMemory with the size that was asked for.
+
+        shared  the host reads or writes it in place, as `host`
+        """
+
+    @abstractmethod
+    def borrow(self, value: object, *, writes: bool = False) -> Buffer:
+        """An array of the caller's as a buffer, over the same memory; the buffer keeps it.
+
+        writes  a graph will write it
+        Raises UsageError for what is no dense array, or cannot be written; Incompatible for one in
+        memory that this backend does not compute in.
+        """
+
+    def ready(self, variant_id: str) -> bool:
+        """Whether all that a variant needs here is at hand, such as engines compiled for it."""
+        return True
+
+    def wait(self) -> None:  # noqa: B027 - most have nothing to wait for
+        """Until all graphs and copies asked for so far have ended."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -136,6 +168,25 @@ class HostBuffer(Buffer):
         if not 0 <= index < self.shape[0]:
             raise IndexError(f"row {index} of a buffer of {self.shape[0]} rows")
         return type(self)(self._array[index : index + 1])
+
+
+def host_array(value: object, writes: bool) -> Array:
+    """An array of the caller's that a CPU computes on, as it is. Raises as `Backend.borrow`."""
+    from edgert.errors import Incompatible, UsageError
+
+    if not isinstance(value, np.ndarray):
+        if hasattr(value, "__cuda_array_interface__"):
+            raise Incompatible(
+                f"an array of {type(value).__module__} is in the memory of a GPU, and this model "
+                "runs on the CPU",
+                do="copy it into a numpy array, or load the model with device='tensorrt'",
+            )
+        raise UsageError(f"{type(value).__name__} is no numpy array", do="make one of it")
+    if not value.flags.c_contiguous or not value.flags.aligned or not value.dtype.isnative:
+        raise UsageError("the array is not dense", do="give numpy.ascontiguousarray of it")
+    if writes and not value.flags.writeable:
+        raise UsageError("the array is for reading only", do="give another one for the result")
+    return value
 
 
 def host_zeros(dtype: str, shape: tuple[int, ...]) -> Array:

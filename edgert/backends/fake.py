@@ -18,6 +18,7 @@ from edgert.backends.base import (
     GraphSource,
     HostBuffer,
     LoadedGraph,
+    host_array,
     host_zeros,
 )
 
@@ -58,8 +59,11 @@ class FakeBackend(Backend):
     def load(self, source: GraphSource) -> FakeGraph:
         return FakeGraph(self._graphs[source.name])
 
-    def allocate(self, dtype: str, shape: tuple[int, ...]) -> HostBuffer:
+    def allocate(self, dtype: str, shape: tuple[int, ...], *, shared: bool = False) -> HostBuffer:
         return HostBuffer(host_zeros(dtype, shape))
+
+    def borrow(self, value: object, *, writes: bool = False) -> HostBuffer:
+        return HostBuffer(host_array(value, writes))
 
     def close(self) -> None:
         pass

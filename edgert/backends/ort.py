@@ -1,4 +1,8 @@
-"""ONNX Runtime on CPU: weights mapped from the bundle, buffers bound once."""
+"""ONNX Runtime: weights mapped from the bundle, buffers bound once.
+
+On the CPU, or by its provider for CUDA. ONNX Runtime falls back to the CPU without a word: here
+what was asked for is used, or an error says that it is not.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from edgert.backends.base import (
     GraphSource,
     HostBuffer,
     LoadedGraph,
+    host_array,
     host_zeros,
 )
 from edgert.errors import (
@@ -32,6 +37,7 @@ INT8_STATES = (1, 27)
 """The first version whose attention reads keys and values in int8 on a CPU; 1.25 and 1.26 load such
 a graph, and fail in a step."""
 MAX_THREADS = 1024
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _SILENT = 4  # errors reach the user as exceptions, not as the library's log lines
 
 
@@ -127,22 +133,30 @@ class OrtBinding(Binding):
 
 
 class OrtGraph(LoadedGraph):
-    def __init__(self, ort: Any, source: GraphSource, options: Any) -> None:
+    def __init__(
+        self, ort: Any, source: GraphSource, options: Any, provider: str = PROVIDERS["cpu"]
+    ) -> None:
         self.name = source.name
         self.where = str(source.path)
         try:
             self.session = ort.InferenceSession(
                 str(source.path),
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=[provider],
                 enable_fallback=0,  # it would try again, and print about it on stdout
             )
         except Exception as error:
+            if provider != PROVIDERS["cpu"]:
+                raise _not_used(ort, provider, source, str(error)) from error
             raise BadBundle(
                 f"ONNX Runtime {ort.__version__} refuses graph {source.name!r}: {error}",
                 where=str(source.path),
                 do="export the bundle again, or use a newer ONNX Runtime",
             ) from error
+        # What it really uses; what it lists as available is only compiled in.
+        if self.session.get_providers()[:1] != [provider]:
+            found = ", ".join(self.session.get_providers())
+            raise _not_used(ort, provider, source, f"the session has {found}")
         self.raw = self.session._sess
         self.options = ort.RunOptions()
         self.options.log_severity_level = _SILENT
@@ -152,6 +166,14 @@ class OrtGraph(LoadedGraph):
 
     def close(self) -> None:
         self.session = self.raw = None
+
+
+def _not_used(ort: Any, provider: str, source: GraphSource, why: str) -> Incompatible:
+    return Incompatible(
+        f"ONNX Runtime {ort.__version__} does not run graph {source.name!r} by {provider}",
+        where=why,
+        do="edgert doctor says what is there; --device cpu runs without a GPU",
+    )
 
 
 class OrtBackend(Backend):
@@ -167,13 +189,20 @@ class OrtBackend(Backend):
 
     name = "onnxruntime"
 
-    def __init__(self, *, threads: int = 0, prepack: bool = True) -> None:
+    def __init__(self, *, threads: int = 0, prepack: bool = True, device: str = "cpu") -> None:
         if not 0 <= threads <= MAX_THREADS:
             raise UsageError(
                 f"threads = {threads} is not possible",
                 do=f"use 0 (edgert chooses) to {MAX_THREADS}",
             )
         self._ort = ort = _onnxruntime()
+        self._device, self._provider = device, PROVIDERS[device]
+        if self._provider not in ort.get_available_providers():
+            raise Incompatible(
+                f"ONNX Runtime {ort.__version__} is installed without {self._provider}",
+                do="install one with it: pip install 'edgert[gpu]' in an environment of its own; "
+                "on a Jetson there is none, use --device tensorrt",
+            )
         self._threads = threads
         self._options = options = ort.SessionOptions()
         options.log_severity_level = _SILENT
@@ -183,6 +212,10 @@ class OrtBackend(Backend):
             "machine": instruction_set(),
             "prepack": str(prepack).lower(),
         }
+        if device != "cpu":
+            self.build["device"] = device
+            # A node that the provider leaves to the CPU is an error, not a slow surprise.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         self._use(threads or default_threads())
         # Plans of activation memory per input shape: they save no time here, and cost 12 MB.
         options.enable_mem_pattern = False
@@ -209,7 +242,7 @@ class OrtBackend(Backend):
         """Raises BadBundle if ONNX Runtime refuses the graph, Incompatible if a number of threads
         was asked for and the application has one pool for all."""
         try:
-            return OrtGraph(self._ort, source, self._options)
+            return self._graph(source)
         except BadBundle as error:
             if "using a global thread pool" not in error.what:
                 raise
@@ -221,7 +254,10 @@ class OrtBackend(Backend):
             )
         self._options.use_per_session_threads = False
         self._say("the application's", "the application's threads")
-        return OrtGraph(self._ort, source, self._options)
+        return self._graph(source)
+
+    def _graph(self, source: GraphSource) -> OrtGraph:
+        return OrtGraph(self._ort, source, self._options, self._provider)
 
     def _use(self, threads: int) -> None:
         self._options.intra_op_num_threads = threads
@@ -229,10 +265,13 @@ class OrtBackend(Backend):
 
     def _say(self, threads: str, words: str) -> None:
         self.build["threads"] = threads
-        self.placement = f"onnxruntime {self._ort.__version__} · CPU · {words}"
+        self.placement = f"onnxruntime {self._ort.__version__} · {self._device.upper()} · {words}"
 
-    def allocate(self, dtype: str, shape: tuple[int, ...]) -> OrtBuffer:
+    def allocate(self, dtype: str, shape: tuple[int, ...], *, shared: bool = False) -> OrtBuffer:
         return OrtBuffer(host_zeros(dtype, shape))
+
+    def borrow(self, value: object, *, writes: bool = False) -> OrtBuffer:
+        return OrtBuffer(host_array(value, writes))
 
     def close(self) -> None:
         """Nothing is held: graphs and buffers stay with their users."""

@@ -12,12 +12,13 @@ Names, for that test: a variable of this module that holds an object of the libr
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from edgert.backends.tensorrt.engine import DTYPES
+from edgert.backends.tensorrt.log import MOST_LINES, heard, said
 from edgert.build.plan import MB, GraphPlan, ShapeProfile
 from edgert.build.target import Target
 from edgert.errors import EdgertError, GateFailed, Incompatible, UnsupportedModel
@@ -40,19 +41,6 @@ HOLDS = {
 STEPS = 100
 """Of a progress bar: per cent."""
 
-MOST_LINES = 20
-"""Of the log in one error."""
-
-DTYPES = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "int64": "INT64",
-    "int32": "INT32",
-    "int8": "INT8",
-    "uint8": "UINT8",
-    "bool": "BOOL",
-}
-
 
 @dataclass(frozen=True)
 class Compiled:
@@ -74,7 +62,7 @@ def compile_graph(
     says), Incompatible (the compiler lacks the target), EdgertError (not compiled), each with the
     compiler's own words; KeyboardInterrupt, once it has let go.
     """
-    with _heard(trt) as log:
+    with heard(trt) as log:
         builder = trt.Builder(log)
         flag = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flag)
@@ -96,42 +84,11 @@ def compile_graph(
             if memory is None:
                 raise EdgertError(
                     f"graph {plan.name!r} does not compile for {target.name}",
-                    where=_said(log, str(plan.path)),
+                    where=said(log, str(plan.path)),
                     do="the compiler's own words are above; another optimization_level, fewer "
                     "shape profiles or a larger workspace_mb of the target may help",
                 )
             return Compiled(bytes(memory), remembered(), network.num_layers)
-
-
-# The library keeps the first logger of a process and ignores later ones.
-@functools.cache
-def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps warnings and errors; says nothing itself."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.lines.append(" ".join(str(message).split()))
-
-    return Log()
-
-
-@contextmanager
-def _heard(trt: Any) -> Iterator[Any]:
-    """The logger, with nothing in it yet."""
-    log = _logger(trt)
-    log.lines.clear()
-    yield log
-
-
-def _said(log: Any, where: str) -> str:
-    """A place, and what the compiler said there, each once."""
-    lines = list(dict.fromkeys(log.lines))[:MOST_LINES]
-    return "\n    ".join([where, *lines])
 
 
 def _parse(trt: Any, log: Any, network: Any, plan: GraphPlan) -> None:
@@ -147,7 +104,7 @@ def _parse(trt: Any, log: Any, network: Any, plan: GraphPlan) -> None:
     if not done or reasons or not network.num_layers:
         raise UnsupportedModel(
             "\n    ".join([f"graph {plan.name!r} is not parsed", *reasons[:MOST_LINES]]),
-            where=_said(log, str(plan.path)),
+            where=said(log, str(plan.path)),
             do="export it with --lowering portable",
         )
 

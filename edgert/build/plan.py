@@ -8,21 +8,25 @@ graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from edgert.backends.tensorrt.memory import Item, plan_slots, state_items, step_items
 from edgert.build.operators import refusals
 from edgert.build.shapes import Drawn, read_graph
 from edgert.build.target import ONE, Span, Target
 from edgert.bundle import Bundle
 from edgert.errors import Incompatible, OutOfMemory, UnsupportedModel, UsageError
 from edgert.onnxfile import read_onnx_facts
-from edgert.spec import GraphSpec, Manifest, StateSpec, TensorSpec, VariantSpec
-from edgert.state import resolve
+from edgert.spec import (
+    GraphSpec,
+    Manifest,
+    TensorSpec,
+    VariantSpec,
+    resolve,
+)
 
 MB = 1_000_000
 BUILD_FACTOR = 4
@@ -65,8 +69,9 @@ class GraphPlan:
 class Memory:
     """Bytes at the largest shapes, while the model runs.
 
-    states   each twice: an engine must not write the buffer that it reads
-    buffers  inputs, results, and what graphs hand to each other
+    activations  of the graph that needs most: they run one after the other
+    states       twice where a graph writes what it reads: an engine must not
+    buffers      inputs, results, and what graphs hand to each other
     """
 
     weights: int
@@ -162,7 +167,7 @@ def plan_build(bundle: Bundle, target: Target, precision: str | None = None) -> 
         variant_id=variant.variant_id,
         precision=variant.precision,
         graphs=tuple(graphs),
-        memory=_memory(manifest, graphs, profiles),
+        memory=_memory(manifest, name, graphs, profiles),
         building=BUILD_FACTOR * max(g.weights for g in graphs) + target.workspace_mb * MB,
     )
     check_memory(plan, manifest)
@@ -224,16 +229,16 @@ def _graph(
     drawn: Drawn,
     profiles: Mapping[str, Mapping[str, Span]],
 ) -> GraphPlan:
-    inputs = {port: manifest.carried(wire) for port, wire in spec.inputs.items()}
+    inputs = {port: manifest.tensor_of(wire) for port, wire in spec.inputs.items()}
     operators = [node.operator for node in drawn.nodes]
     external = read_onnx_facts(bundle.path(spec.file)).external
     tensors = {(r.location, r.offset): r.length for r in external}
     return GraphPlan(
         name=name,
         path=bundle.path(spec.file),
-        sha256=tuple(manifest.files[file].sha256 for file in (spec.file, *spec.data)),
+        sha256=manifest.hashes_of(spec),
         inputs=inputs,
-        outputs={port: manifest.carried(wire) for port, wire in spec.outputs.items()},
+        outputs={port: manifest.tensor_of(wire) for port, wire in spec.outputs.items()},
         profiles=tuple(
             found
             for found in (shape_profile(p, inputs, spans) for p, spans in profiles.items())
@@ -265,23 +270,35 @@ def largest(spans: Mapping[str, Span]) -> dict[str, int]:
 
 
 def _memory(
-    manifest: Manifest, graphs: list[GraphPlan], profiles: Mapping[str, Mapping[str, Span]]
+    manifest: Manifest,
+    variant: str,
+    graphs: list[GraphPlan],
+    profiles: Mapping[str, Mapping[str, Span]],
 ) -> Memory:
+    """As the backend allocates it."""
     axes = [largest(spans) for spans in profiles.values()]
-
-    def most(spec: TensorSpec | StateSpec) -> int:
-        width = np.dtype(spec.dtype).itemsize
-        return max(width * int(np.prod(resolve(spec.shape, at), dtype=np.int64)) for at in axes)
-
-    loop = manifest.program.loop
-    carried = [*loop.values.values()] * 2 if loop else []
-    once = [*manifest.inputs.values(), *manifest.results.values(), *carried]
+    if manifest.solves:
+        buffers = sum(
+            item.reserved for item in plan_slots(manifest, variant, axes[0]["batch"]).step
+        )
+    else:
+        buffers = sum(_most(step_items(manifest, variant, at) for at in axes).values())
+    states = _most(state_items(manifest, variant, at) for at in axes)
     return Memory(
         weights=sum(graph.weights for graph in graphs),
-        activations=sum(graph.activations for graph in graphs),
-        states={name: 2 * most(spec) for name, spec in manifest.states.items()},
-        buffers=sum(most(spec) for spec in once),
+        activations=max(graph.activations for graph in graphs),
+        states={end.removeprefix("state."): size for end, size in states.items()},
+        buffers=buffers,
     )
+
+
+def _most(sizes: Iterable[tuple[Item, ...]]) -> dict[str, int]:
+    """Bytes of each tensor where it is largest."""
+    found: dict[str, int] = {}
+    for items in sizes:
+        for item in items:
+            found[item.end] = max(found.get(item.end, 0), item.reserved)
+    return found
 
 
 def check_memory(plan: BuildPlan, manifest: Manifest) -> None:

@@ -41,12 +41,22 @@ common = stacked(
 )
 
 placement = stacked(
-    option("--device", default="auto", metavar="NAME", help="auto or cpu.", show_default=True),
+    option(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto (cpu), cpu, cuda (ONNX Runtime) or tensorrt.",
+        show_default=True,
+    ),
     option("--precision", metavar="NAME", help="A precision of the bundle (default: its best)."),
     option(
         "--kv", metavar="NAME", help="Keys and values in fp32 or int8 (default: the bundle's best)."
     ),
-    option("--lowering", metavar="NAME", help="ort or portable (default: the device's fastest)."),
+    option(
+        "--lowering",
+        metavar="NAME",
+        help="ort, portable or modern (default: the device's fastest).",
+    ),
     option("--variant", metavar="NAME", help="One of the variants that `edgert inspect` lists."),
     option(
         "--threads",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgert.backends.tensorrt.cuda import NO_DEVICE
 from edgert.bench.facts import governor
 from edgert.bench.power import find_rails, power_mode
 from edgert.doctor.machine import Machine, Row
@@ -32,14 +33,7 @@ LIBCUDA = (
     "usr/lib/wsl/lib/libcuda.so.1",
 )
 NODES = ("nvhost-ctrl-gpu", "nvhost-gpu", "nvgpu", "nvidiactl", "nvidia0", "dxg")
-CUDA_ERRORS = {
-    34: "the library is a stub of the toolkit, not a driver",
-    35: "the driver is too old for its library",
-    100: "there is no device",
-    803: "library and kernel module have different versions",
-    804: "the compatibility library does not fit this device",
-}
-NOT_NEEDED = "not needed: this version of edgert runs on the CPU"
+NOT_NEEDED = "not needed on the CPU; engines for a GPU are built and run with it"
 
 
 def cuda(machine: Machine) -> Iterator[Row]:
@@ -62,7 +56,7 @@ def _driver_row(name: str, machine: Machine, library: Path) -> Row:
     said = machine.cuda(library)
     code = said.get("code")
     if code != 0:
-        why = CUDA_ERRORS.get(code, "see cudaError_enum") if isinstance(code, int) else "?"
+        why = NO_DEVICE.get(code, "see cudaError_enum") if isinstance(code, int) else "?"
         return Row(name, f"cuInit says {code}: {why}", "warning", "install the driver again")
     version, sm = said.get("version"), said.get("sm")
     finding = f"{said.get('devices')} × {said.get('name') or 'device'}"
@@ -82,7 +76,8 @@ def tensorrt(machine: Machine) -> Iterator[Row]:
     names = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
     if machine.found("tensorrt"):
         version = next((v for v in map(machine.version, names) if v), "of unknown version")
-        yield Row("TensorRT", f"{version} · not used by this version, which runs on the CPU")
+        yield Row("TensorRT", f"{version} · used by edgert build, and by --device tensorrt")
+        yield _bindings(machine)
         return
     libraries = sorted(machine.root.glob("usr/lib/*/libnvinfer.so.*"))
     if libraries:
@@ -93,6 +88,14 @@ def tensorrt(machine: Machine) -> Iterator[Row]:
         yield Row("TensorRT", "not found", "missing", "sudo apt install nvidia-jetpack")
     else:
         yield Row("TensorRT", "not found", "missing", NOT_NEEDED)
+
+
+def _bindings(machine: Machine) -> Row:
+    """The package by which edgert reaches the device's memory."""
+    version = machine.version("cuda-bindings") or machine.version("cuda-python")
+    if version is None:
+        return Row("cuda-bindings", "not found", "missing", "pip install 'edgert[tensorrt]'")
+    return Row("cuda-bindings", version)
 
 
 def jetson(machine: Machine) -> Iterator[Row]:

@@ -32,7 +32,7 @@ def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:
 
     Raises EdgertError with the exporter's own words if the graph cannot be captured.
     """
-    specs = [program.carried(wire) for wire in graph.inputs.values()]
+    specs = [program.tensor_of(wire) for wire in graph.inputs.values()]
     # A tensor of its own for every input: one object given twice is merged silently.
     examples = tuple(
         torch.zeros([_EXAMPLE.get(a, 0) if isinstance(a, str) else a for a in s.shape]).to(

@@ -74,7 +74,7 @@ class Program:
     tables: dict[str, Tensor] = field(default_factory=dict)
     unrolled: TracedGraph | None = None
 
-    def carried(self, wire: Wire) -> TensorSpec:
+    def tensor_of(self, wire: Wire) -> TensorSpec:
         """dtype and shape of what an endpoint carries."""
         return endpoint_spec(wire, self.inputs, self.results, self.states, self.parts.loop)
 

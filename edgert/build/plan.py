@@ -8,6 +8,7 @@ graphs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,19 +137,40 @@ def _port(spec: TensorSpec) -> dict[str, Any]:
     return {"dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def plan_build(bundle: Bundle, target: Target, precision: str | None = None) -> BuildPlan:
-    """Raises UsageError (no such precision), Incompatible (no variant that the target takes),
-    UnsupportedModel (operators, naming nodes), OutOfMemory (naming the largest states)."""
+@dataclass(frozen=True)
+class _Source:
+    """A graph file, what it is called, and its ports."""
+
+    name: str
+    path: Path
+    sha256: tuple[str, ...]
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+
+def plan_build(
+    bundle: Bundle, target: Target, precision: str | None = None, loop_form: Path | None = None
+) -> BuildPlan:
+    """What to build: the stepped graphs; or, with `loop_form`, a folder to write it to, the one
+    graph that has the loop inside (edgert/export/loop_form.py).
+
+    Raises UsageError (no such precision), Incompatible (no variant that the target takes),
+    UnsupportedModel (operators, naming nodes; no loop), OutOfMemory (naming the largest states).
+    """
     name = choose(bundle.manifest, target, precision)
     variant = bundle.manifest.variants[name]
     manifest = replace(bundle.manifest, states=bundle.manifest.states_of(name))
     check_opsets(name, variant, target)
     profiles = profiles_of(manifest, target)
     graphs, problems = [], []
-    for graph, spec in variant.graphs.items():
-        drawn = read_graph(bundle.path(spec.file))
-        problems += [f"graph {graph!r}: {why}" for why in refusals(target, drawn.nodes)]
-        graphs.append(_graph(bundle, manifest, graph, spec, drawn, profiles))
+    if loop_form is None:
+        sources = [_stepped(bundle, manifest, n, spec) for n, spec in variant.graphs.items()]
+    else:
+        sources = [_looped(bundle, name, loop_form)]
+    for source in sources:
+        drawn = read_graph(source.path)
+        problems += [f"graph {source.name!r}: {why}" for why in refusals(target, drawn.nodes)]
+        graphs.append(_graph(source, drawn, profiles))
     if problems:
         raise UnsupportedModel(
             "\n    ".join([f"{target.name} cannot parse variant {name}", *problems]),
@@ -233,26 +255,39 @@ def spec_of(manifest: Manifest, wire: Wire) -> TensorSpec:
     }[kind][name]
 
 
-def _graph(
-    bundle: Bundle,
-    manifest: Manifest,
-    name: str,
-    spec: GraphSpec,
-    drawn: Drawn,
-    profiles: Mapping[str, Mapping[str, Span]],
-) -> GraphPlan:
-    inputs = {port: spec_of(manifest, wire) for port, wire in spec.inputs.items()}
-    operators = [node.operator for node in drawn.nodes]
-    tensors = {(r.location, r.offset): r.length for r in _external(bundle.path(spec.file))}
-    return GraphPlan(
+def _stepped(bundle: Bundle, manifest: Manifest, name: str, spec: GraphSpec) -> _Source:
+    files = manifest.files
+    return _Source(
         name=name,
         path=bundle.path(spec.file),
-        sha256=tuple(manifest.files[file].sha256 for file in (spec.file, *spec.data)),
-        inputs=inputs,
+        sha256=tuple(files[file].sha256 for file in (spec.file, *spec.data)),
+        inputs={port: spec_of(manifest, wire) for port, wire in spec.inputs.items()},
         outputs={port: spec_of(manifest, wire) for port, wire in spec.outputs.items()},
+    )
+
+
+def _looped(bundle: Bundle, variant: str, folder: Path) -> _Source:
+    from edgert.export.loop_form import loop_form
+
+    made = loop_form(bundle, variant)
+    path = made.write(folder)
+    sha256 = (hashlib.sha256(path.read_bytes()).hexdigest(),)
+    sha256 += tuple(bundle.manifest.files[file].sha256 for file in made.data)
+    return _Source("loop", path, sha256, made.inputs, made.outputs)
+
+
+def _graph(source: _Source, drawn: Drawn, profiles: Mapping[str, Mapping[str, Span]]) -> GraphPlan:
+    operators = [node.operator for node in drawn.nodes]
+    tensors = {(r.location, r.offset): r.length for r in _external(source.path)}
+    return GraphPlan(
+        name=source.name,
+        path=source.path,
+        sha256=source.sha256,
+        inputs=source.inputs,
+        outputs=source.outputs,
         profiles=tuple(
             found
-            for found in (shape_profile(p, inputs, spans) for p, spans in profiles.items())
+            for found in (shape_profile(p, source.inputs, s) for p, s in profiles.items())
             if found.shapes
         ),
         nodes=len(operators),

@@ -271,9 +271,9 @@ def _looped(bundle: Bundle, variant: str, folder: Path) -> _Source:
 
     made = loop_form(bundle, variant)
     path = made.write(folder)
-    sha256 = (hashlib.sha256(path.read_bytes()).hexdigest(),)
-    sha256 += tuple(bundle.manifest.files[file].sha256 for file in made.data)
-    return _Source("loop", path, sha256, made.inputs, made.outputs)
+    own = hashlib.sha256(path.read_bytes()).hexdigest()
+    weights = (bundle.manifest.files[file].sha256 for file in made.data)
+    return _Source("loop", path, (own, *weights), made.inputs, made.outputs)
 
 
 def _graph(source: _Source, drawn: Drawn, profiles: Mapping[str, Mapping[str, Span]]) -> GraphPlan:

@@ -81,7 +81,7 @@ class Graft:
         self._ir_version = max(self._ir_version, model.ir_version)
 
     def _keep(self, tensor: onnx.TensorProto, name: str) -> str:
-        """A weight that another graph has from the same place of the same file is not kept twice."""
+        """A weight that another graph has from the same place of one file is not kept twice."""
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             key: object = name
         else:

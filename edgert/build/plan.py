@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +150,20 @@ class _Source:
 
 
 def plan_build(
-    bundle: Bundle, target: Target, precision: str | None = None, loop_form: Path | None = None
+    bundle: Bundle,
+    target: Target,
+    precision: str | None = None,
+    loop_form: Path | None = None,
+    lowering: str | None = None,
 ) -> BuildPlan:
     """What to build: the stepped graphs; or, with `loop_form`, a folder to write it to, the one
     graph that has the loop inside (edgert/export/loop_form.py).
 
-    Raises UsageError (no such precision), Incompatible (no variant that the target takes),
-    UnsupportedModel (operators, naming nodes; no loop), OutOfMemory (naming the largest states).
+    Raises UsageError (no such precision or lowering), Incompatible (no variant that the target
+    takes), UnsupportedModel (operators, naming nodes; no loop), OutOfMemory (naming the largest
+    states).
     """
-    name = choose(bundle.manifest, target, precision)
+    name = choose(bundle.manifest, target, precision, lowering)
     variant = bundle.manifest.variants[name]
     manifest = replace(bundle.manifest, states=bundle.manifest.states_of(name))
     check_opsets(name, variant, target)
@@ -175,7 +181,7 @@ def plan_build(
         raise UnsupportedModel(
             "\n    ".join([f"{target.name} cannot parse variant {name}", *problems]),
             where=str(bundle.root),
-            do="export it with --lowering portable, or choose another target",
+            do=f"export it with --lowering {target.lowerings[-1]}, or choose another target",
         )
     plan = BuildPlan(
         target=target,
@@ -191,24 +197,35 @@ def plan_build(
     return plan
 
 
-def choose(manifest: Manifest, target: Target, precision: str | None) -> str:
-    """The variant to build: of the target's lowering, stepped, in its best precision."""
-    wanted = target.precisions if precision is None else (precision,)
-    if precision is not None and precision not in target.precisions:
-        raise UsageError(
-            f"{target.name} does not build precision {precision!r:.40}",
-            do=f"choose from: {', '.join(target.precisions)}",
-        )
-    for each in wanted:
+def choose(
+    manifest: Manifest, target: Target, precision: str | None, lowering: str | None = None
+) -> str:
+    """The variant to build: stepped, in the target's best precision, and its best lowering."""
+    precisions = _wanted(target, "precision", precision, target.precisions)
+    lowerings = _wanted(target, "lowering", lowering, target.lowerings)
+    for pair in product(precisions, lowerings):
         for name, variant in manifest.variants.items():
             stepped = manifest.parts(name) == manifest.program.parts
-            if (variant.precision, variant.lowering) == (each, target.lowering) and stepped:
+            if (variant.precision, variant.lowering) == pair and stepped:
                 return name
     raise Incompatible(
-        f"{target.name} takes {target.lowering} graphs in {' or '.join(wanted)}; the bundle has "
-        f"{', '.join(manifest.variants)}",
-        do=f"export it with --lowering {target.lowering} --precision {wanted[0]}",
+        f"{target.name} takes {' or '.join(lowerings)} graphs in {' or '.join(precisions)}; the "
+        f"bundle has {', '.join(manifest.variants)}",
+        do=f"export it with --lowering {lowerings[0]} --precision {precisions[0]}",
     )
+
+
+def _wanted(
+    target: Target, what: str, given: str | None, known: tuple[str, ...]
+) -> tuple[str, ...]:
+    if given is None:
+        return known
+    if given not in known:
+        raise UsageError(
+            f"{target.name} does not build {what} {given!r:.40}",
+            do=f"choose from: {', '.join(known)}",
+        )
+    return (given,)
 
 
 def check_opsets(name: str, variant: VariantSpec, target: Target) -> None:
@@ -217,7 +234,7 @@ def check_opsets(name: str, variant: VariantSpec, target: Target) -> None:
             raise UnsupportedModel(
                 f"variant {name} imports {domain} {version}, {target.name} parses ai.onnx up to "
                 f"{target.opset}",
-                do="export it with --lowering portable",
+                do=f"export it with --lowering {target.lowerings[-1]}",
             )
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     "file of your own.",
 )
 @option("--precision", metavar="NAME", help="One of the target's (default: its best).")
+@option("--lowering", metavar="NAME", help="portable or modern (default: the target's best).")
 @option(
     "--loop-form",
     is_flag=True,
@@ -41,6 +42,7 @@ def build(
     bundle: Path,
     target: str,
     precision: str | None,
+    lowering: str | None,
     loop_form: bool,
     dry_run: bool,
     rebuild: bool,
@@ -71,7 +73,7 @@ def build(
         folder = None
         if loop_form:
             folder = Path(stack.enter_context(TemporaryDirectory(dir=cache_dir())))
-        plan = plan_build(opened, chosen, precision, folder)
+        plan = plan_build(opened, chosen, precision, folder, lowering)
         if dry_run:
             if as_json:
                 print_json(plan.to_json())

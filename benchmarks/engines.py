@@ -3,9 +3,11 @@
     python benchmarks/engines.py bundles/smollm2-135m-instruct
     python benchmarks/engines.py tests/cases/hagi/model_?/step-*.pt --into docs/tensorrt.md
 
-An argument that is no bundle is exported first, to portable graphs in fp32 and fp16; what its files
-lack of its config may follow it (`step_1234:seq_len=25`). Prints a Markdown table, or with --json
-one object; --into puts the table into a document, between its marks.
+An argument that is no bundle is exported first, to portable graphs in fp32 and fp16, and to modern
+ones where the family has them; what its files lack of its config may follow it
+(`step_1234:seq_len=25`). A model that may end its loop has a row `loop`, too: all of it in one
+graph, with the loop inside. Prints a Markdown table, or with --json one object; --into puts the
+table into a document, between its marks.
 Times are of a single build each: they give the order of magnitude. Engines run nowhere.
 """
 
@@ -17,7 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,11 @@ from edgert.build.device import load_compiler
 from edgert.build.plan import plan_build
 from edgert.build.target import find
 from edgert.bundle import Bundle
+from edgert.errors import UnsupportedModel
 from edgert.files import MANIFEST
 
 PRECISIONS = ("fp32", "fp16")
+DIALECTS = ("portable", "modern")
 START, END = "<!-- benchmarks/engines.py -->", "<!-- end of benchmarks/engines.py -->"
 
 
@@ -39,6 +45,7 @@ class Row:
     model: str
     graph: str
     precision: str
+    dialect: str
     nodes: int
     layers: int
     weights: int
@@ -50,32 +57,38 @@ def export(source: Path, settings: dict[str, int], out: Path) -> Path:
     """A bundle of a checkpoint."""
     from edgert.export.pipeline import export_source
 
-    options = {"precision": ",".join(PRECISIONS), "lowerings": ("portable",), "settings": settings}
+    options = {"precision": ",".join(PRECISIONS), "lowerings": DIALECTS, "settings": settings}
     export_source(source, out, **options)
     return out
 
 
 def rows(bundle: Path, model: str, trt: Any) -> Iterator[Row]:
-    """Every graph of a bundle in each precision that it has."""
+    """Every graph of a bundle in each precision and dialect that it has."""
     opened, target = Bundle.open(bundle), find("rtx-check")
-    has = {v.precision for v in opened.manifest.variants.values() if v.lowering == "portable"}
-    for precision in (p for p in PRECISIONS if p in has):
-        for graph in plan_build(opened, target, precision).graphs:
-            start = time.perf_counter()
-            made = compile_graph(trt, graph, target)
-            seconds = round(time.perf_counter() - start, 2)
-            sizes = graph.weights, len(made.engine), seconds
-            yield Row(model, graph.name, precision, graph.nodes, made.layers, *sizes)
+    has = {(v.precision, v.lowering) for v in opened.manifest.variants.values()}
+    for precision, dialect in product(PRECISIONS, DIALECTS):
+        if (precision, dialect) not in has:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            graphs = list(plan_build(opened, target, precision, lowering=dialect).graphs)
+            with suppress(UnsupportedModel):  # without a loop that it could end
+                graphs += plan_build(opened, target, precision, Path(folder), dialect).graphs
+            for graph in graphs:
+                start = time.perf_counter()
+                made = compile_graph(trt, graph, target)
+                seconds = round(time.perf_counter() - start, 2)
+                sizes = graph.weights, len(made.engine), seconds
+                yield Row(model, graph.name, precision, dialect, graph.nodes, made.layers, *sizes)
 
 
 def table(found: list[Row]) -> str:
     lines = [
-        "| model | graph | precision | nodes | layers | weights | engine | build |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | graph | precision | dialect | nodes | layers | weights | engine | build |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         weights, engine = f"{row.weights / 1e6:.2f} MB", f"{row.engine / 1e6:.2f} MB"
-        cells = [row.model, row.graph, row.precision, row.nodes, row.layers]
+        cells = [row.model, row.graph, row.precision, row.dialect, row.nodes, row.layers]
         lines.append(f"| {' | '.join(map(str, [*cells, weights, engine, f'{row.seconds} s']))} |")
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ CLASSES = (
     *("Builder", "IBuilderConfig", "INetworkDefinition", "IOptimizationProfile", "IHostMemory"),
     *("OnnxParser", "ParserError", "ITensor", "ILayer", "ITimingCache", "ILogger"),
     *("IProgressMonitor", "Runtime", "ICudaEngine", "IExecutionContext"),
+    *("IAttention", "IAttentionInputLayer"),
 )
 ENUMS = (
     *("DataType", "ErrorCode", "LayerType", "MemoryPoolType", "NetworkDefinitionCreationFlag"),

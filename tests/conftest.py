@@ -14,6 +14,8 @@ import pytest
 from cases import HERE
 from command import Result
 
+from edgert.spec import Lowering
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache_directory(tmp_path_factory) -> Iterator[None]:
@@ -82,13 +84,13 @@ def rope_bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def half_bundle(tmp_path_factory) -> Path:
-    """`tiny_decoder.speaking` in portable graphs, in fp32 and fp16."""
+    """`tiny_decoder.speaking` in every dialect for TensorRT, in fp32 and fp16."""
     from tiny_decoder import speaking
 
     from edgert.export.write import ExportOptions, export_bundle
 
     out = tmp_path_factory.mktemp("bundles") / "half"
-    options = ExportOptions(precision="fp32,fp16", lowerings=("portable",))
+    options = ExportOptions(precision="fp32,fp16", lowerings=_dialects())
     export_bundle(speaking(), out, options)
     return out
 
@@ -96,12 +98,35 @@ def half_bundle(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def half_solver(tmp_path_factory) -> Path:
     """Case hrm/orig_rope_puzzle in portable graphs, in fp32 and fp16."""
+    return _half(tmp_path_factory, "hrm/orig_rope_puzzle", "step_1234", {"seq_len": 25})
+
+
+@pytest.fixture(scope="session")
+def half_cycles(tmp_path_factory) -> Path:
+    """Case hrm/bidir_cycle, which counts its cycles and adds up its signal, as `half_solver`."""
+    return _half(tmp_path_factory, "hrm/bidir_cycle", "*_step_10000.pt", {"seq_len": 12})
+
+
+@pytest.fixture(scope="session")
+def half_looped(tmp_path_factory) -> Path:
+    """Case hagi/model_d, a decoder with a loop, in every dialect for TensorRT, in fp32 and fp16."""
+    return _half(tmp_path_factory, "hagi/model_d", "step-*.pt")
+
+
+def _dialects() -> tuple[Lowering, ...]:
+    """ONNX Runtime 1.23, the last for Python 3.10, runs no modern graphs."""
+    from edgert.export.check import too_old
+
+    return ("portable",) if too_old("modern") else ("portable", "modern")
+
+
+def _half(tmp_path_factory, case: str, file: str, settings: dict[str, int] | None = None) -> Path:
     from edgert.export.pipeline import export_source
 
-    out = tmp_path_factory.mktemp("bundles") / "half-rope"
-    source = HERE / "hrm" / "orig_rope_puzzle" / "step_1234"
-    chosen = {"precision": "fp32,fp16", "lowerings": ("portable",)}
-    export_source(source, out, settings={"seq_len": 25}, **chosen)
+    (source,) = (HERE / case).glob(file)
+    out = tmp_path_factory.mktemp("bundles") / case.replace("/", "-")
+    options = {"precision": "fp32,fp16", "lowerings": _dialects()}
+    export_source(source, out, settings=settings, **options)
     return out
 
 

@@ -53,6 +53,17 @@ def test_every_graph_is_parsed_as_the_manifest_says_and_compiled(bundle, precisi
         assert min(seen) > 0
 
 
+@pytest.mark.parametrize("bundle", ["half_looped", "half_solver", "half_cycles"])
+def test_a_loop_that_the_device_ends_is_compiled(bundle, request, tmp_path):
+    """Its condition is data, its carries keep their shapes; how it ends are inputs, not shapes."""
+    opened = Bundle.open(request.getfixturevalue(bundle), verify=False)
+    (graph,) = plan_build(opened, RTX, "fp16", tmp_path).graphs
+    assert {"threshold", "least", "most"} < graph.inputs.keys()
+    made = compile_graph(trt, graph, RTX)
+    assert len(made.engine) > 100_000
+    assert made.layers >= graph.nodes // 2
+
+
 EVERY = [
     *((f"hagi/model_{letter}", "step-*.pt") for letter in "abcd"),
     ("hrm/orig_learned_nopuzzle", "step_1234"),

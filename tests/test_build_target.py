@@ -20,9 +20,13 @@ def test_every_target_that_comes_along_is_sound():
     for name in names():
         target = find(name)
         assert target.name == name
-        assert target.lowering == "portable"
+        assert "portable" in target.lowerings
         if name.endswith("-jp6"):
             assert (target.version, target.opset) == ("10.3", 20)
+            assert target.lowerings == ("portable",)
+        elif target.compiler == "tensorrt":
+            assert target.release >= (10, 15)
+            assert (target.lowerings[0], target.opset) == ("modern", 24)
 
 
 def test_a_span_is_cut_to_what_the_model_holds():
@@ -53,7 +57,8 @@ WRONG = {
     "number for a version": ('version = "10.3"', "version = 10.3", "version: expected str, got"),
     "no version": ('version = "10.3"', 'version = "10"', "version: '10' is not major.minor"),
     "compiler": ('"tensorrt"', '"trtexec"', "compiler: 'trtexec' is not one of tensorrt,"),
-    "lowering": ('"portable"', '"fast"', "lowering: 'fast' is not one of"),
+    "lowering": ('"portable"', '"fast"', "lowerings.0: 'fast' is not one of"),
+    "no lowering": ('["portable"]', "[]", "lowerings: names none"),
     "precision": ('["fp16", "fp32"]', '["int3"]', "precisions.0: 'int3' is not one of"),
     "no precision": ('["fp16", "fp32"]', "[]", "precisions: names none"),
     "falling span": ("[1, 128, 512]", "[128, 1, 512]", "prefill.tokens: [128, 1, 512] is not"),

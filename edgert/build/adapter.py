@@ -26,9 +26,11 @@ from edgert.progress import Advance
 from edgert.spec import TensorSpec
 
 HOLDS = {
+    "attention": "IAttention",
     "builder": "Builder",
     "config": "IBuilderConfig",
     "error": "ParserError",
+    "inlet": "IAttentionInputLayer",
     "layer": "ILayer",
     "network": "INetworkDefinition",
     "parser": "OnnxParser",
@@ -68,6 +70,8 @@ def compile_graph(
         network = builder.create_network(flag)
         _parse(trt, log, network, plan)
         _compare(trt, network, plan)
+        if hasattr(trt, "IAttentionInputLayer"):  # from 10.14 on
+            _allow_decomposing(trt, network)
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, target.workspace_mb * MB)
         config.builder_optimization_level = target.optimization_level
@@ -150,6 +154,18 @@ def _unlike(trt: Any, tensor: Any, spec: TensorSpec) -> Iterator[str]:
             yield f"axes {names} instead of {named}"
         if tensor.is_shape_tensor:
             yield "its values are a shape, which no shape profile gives"
+
+
+def _allow_decomposing(trt: Any, network: Any) -> None:
+    """Attention in a type or of a head size that has no kernel of its own becomes products and a
+    softmax, instead of an error."""
+    for at in range(network.num_layers):
+        layer = network.get_layer(at)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            inlet = layer
+            inlet.__class__ = trt.IAttentionInputLayer  # the bindings give the general class
+            attention = inlet.attention
+            attention.decomposable = True
 
 
 def _add_profile(builder: Any, network: Any, config: Any, shapes: ShapeProfile) -> None:

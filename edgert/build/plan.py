@@ -8,8 +8,10 @@ graphs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,24 +143,50 @@ def _port(spec: TensorSpec) -> dict[str, Any]:
     return {"dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def plan_build(bundle: Bundle, target: Target, precision: str | None = None) -> BuildPlan:
-    """Raises UsageError (no such precision), Incompatible (no variant that the target takes),
-    UnsupportedModel (operators, naming nodes), OutOfMemory (naming the largest states)."""
-    name = choose(bundle.manifest, target, precision)
+@dataclass(frozen=True)
+class _Source:
+    """A graph file, what it is called, and its ports."""
+
+    name: str
+    path: Path
+    sha256: tuple[str, ...]
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+
+def plan_build(
+    bundle: Bundle,
+    target: Target,
+    precision: str | None = None,
+    loop_form: Path | None = None,
+    lowering: str | None = None,
+) -> BuildPlan:
+    """What to build: the stepped graphs; or, with `loop_form`, a folder to write it to, the one
+    graph that has the loop inside (edgert/export/loop_form.py).
+
+    Raises UsageError (no such precision or lowering), Incompatible (no variant that the target
+    takes), UnsupportedModel (operators, naming nodes; no loop), OutOfMemory (naming the largest
+    states).
+    """
+    name = choose(bundle.manifest, target, precision, lowering)
     variant = bundle.manifest.variants[name]
     manifest = replace(bundle.manifest, states=bundle.manifest.states_of(name))
     check_opsets(name, variant, target)
     profiles = profiles_of(manifest, target)
     graphs, problems = [], []
-    for graph, spec in variant.graphs.items():
-        drawn = read_graph(bundle.path(spec.file))
-        problems += [f"graph {graph!r}: {why}" for why in refusals(target, drawn.nodes)]
-        graphs.append(_graph(bundle, manifest, graph, spec, drawn, profiles))
+    if loop_form is None:
+        sources = [_stepped(bundle, manifest, n, spec) for n, spec in variant.graphs.items()]
+    else:
+        sources = [_looped(bundle, name, loop_form)]
+    for source in sources:
+        drawn = read_graph(source.path)
+        problems += [f"graph {source.name!r}: {why}" for why in refusals(target, drawn.nodes)]
+        graphs.append(_graph(source, drawn, profiles))
     if problems:
         raise UnsupportedModel(
             "\n    ".join([f"{target.name} cannot parse variant {name}", *problems]),
             where=str(bundle.root),
-            do="export it with --lowering portable, or choose another target",
+            do=f"export it with --lowering {target.lowerings[-1]}, or choose another target",
         )
     plan = BuildPlan(
         target=target,
@@ -174,24 +202,35 @@ def plan_build(bundle: Bundle, target: Target, precision: str | None = None) -> 
     return plan
 
 
-def choose(manifest: Manifest, target: Target, precision: str | None) -> str:
-    """The variant to build: of the target's lowering, stepped, in its best precision."""
-    wanted = target.precisions if precision is None else (precision,)
-    if precision is not None and precision not in target.precisions:
-        raise UsageError(
-            f"{target.name} does not build precision {precision!r:.40}",
-            do=f"choose from: {', '.join(target.precisions)}",
-        )
-    for each in wanted:
+def choose(
+    manifest: Manifest, target: Target, precision: str | None, lowering: str | None = None
+) -> str:
+    """The variant to build: stepped, in the target's best precision, and its best lowering."""
+    precisions = _wanted(target, "precision", precision, target.precisions)
+    lowerings = _wanted(target, "lowering", lowering, target.lowerings)
+    for pair in product(precisions, lowerings):
         for name, variant in manifest.variants.items():
             stepped = manifest.parts(name) == manifest.program.parts
-            if (variant.precision, variant.lowering) == (each, target.lowering) and stepped:
+            if (variant.precision, variant.lowering) == pair and stepped:
                 return name
     raise Incompatible(
-        f"{target.name} takes {target.lowering} graphs in {' or '.join(wanted)}; the bundle has "
-        f"{', '.join(manifest.variants)}",
-        do=f"export it with --lowering {target.lowering} --precision {wanted[0]}",
+        f"{target.name} takes {' or '.join(lowerings)} graphs in {' or '.join(precisions)}; the "
+        f"bundle has {', '.join(manifest.variants)}",
+        do=f"export it with --lowering {lowerings[0]} --precision {precisions[0]}",
     )
+
+
+def _wanted(
+    target: Target, what: str, given: str | None, known: tuple[str, ...]
+) -> tuple[str, ...]:
+    if given is None:
+        return known
+    if given not in known:
+        raise UsageError(
+            f"{target.name} does not build {what} {given!r:.40}",
+            do=f"choose from: {', '.join(known)}",
+        )
+    return (given,)
 
 
 def check_opsets(name: str, variant: VariantSpec, target: Target) -> None:
@@ -200,7 +239,7 @@ def check_opsets(name: str, variant: VariantSpec, target: Target) -> None:
             raise UnsupportedModel(
                 f"variant {name} imports {domain} {version}, {target.name} parses ai.onnx up to "
                 f"{target.opset}",
-                do="export it with --lowering portable",
+                do=f"export it with --lowering {target.lowerings[-1]}",
             )
 
 
@@ -221,27 +260,39 @@ def profiles_of(manifest: Manifest, target: Target) -> dict[str, dict[str, Span]
     }
 
 
-def _graph(
-    bundle: Bundle,
-    manifest: Manifest,
-    name: str,
-    spec: GraphSpec,
-    drawn: Drawn,
-    profiles: Mapping[str, Mapping[str, Span]],
-) -> GraphPlan:
-    inputs = {port: manifest.tensor_of(wire) for port, wire in spec.inputs.items()}
-    operators = [node.operator for node in drawn.nodes]
-    external = read_onnx_facts(bundle.path(spec.file)).external
-    tensors = {(r.location, r.offset): r.length for r in external}
-    return GraphPlan(
+def _stepped(bundle: Bundle, manifest: Manifest, name: str, spec: GraphSpec) -> _Source:
+    return _Source(
         name=name,
         path=bundle.path(spec.file),
         sha256=manifest.hashes_of(spec),
-        inputs=inputs,
+        inputs={port: manifest.tensor_of(wire) for port, wire in spec.inputs.items()},
         outputs={port: manifest.tensor_of(wire) for port, wire in spec.outputs.items()},
+    )
+
+
+def _looped(bundle: Bundle, variant: str, folder: Path) -> _Source:
+    from edgert.export.loop_form import loop_form
+
+    made = loop_form(bundle, variant)
+    path = made.write(folder)
+    own = hashlib.sha256(path.read_bytes()).hexdigest()
+    weights = (bundle.manifest.files[file].sha256 for file in made.data)
+    return _Source("loop", path, (own, *weights), made.inputs, made.outputs)
+
+
+def _graph(source: _Source, drawn: Drawn, profiles: Mapping[str, Mapping[str, Span]]) -> GraphPlan:
+    operators = [node.operator for node in drawn.nodes]
+    external = read_onnx_facts(source.path).external
+    tensors = {(r.location, r.offset): r.length for r in external}
+    return GraphPlan(
+        name=source.name,
+        path=source.path,
+        sha256=source.sha256,
+        inputs=source.inputs,
+        outputs=source.outputs,
         profiles=tuple(
             found
-            for found in (shape_profile(p, inputs, spans) for p, spans in profiles.items())
+            for found in (shape_profile(p, source.inputs, s) for p, s in profiles.items())
             if found.shapes
         ),
         nodes=len(operators),

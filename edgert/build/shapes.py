@@ -110,8 +110,13 @@ def _nodes(
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[tuple[str, tuple[int, tuple[int | str, ...]]]]:
+    """What nodes make, inside subgraphs too."""
     import onnx
 
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _tensors(attribute.g)
     for value in graph.value_info:
         kind = value.type.tensor_type
         try:

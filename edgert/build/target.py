@@ -58,7 +58,7 @@ class Target:
     compiler    the Python module
     version     of the compiler, major.minor
     sm          compute capability, major.minor
-    lowering    the form of the graphs; `opset` is the newest operator set in them
+    lowerings   the forms of the graphs, best first; `opset` is the newest operator set in them
     precisions  best first
     memory_mb   for weights, states and activations together, of what device and host may share
     """
@@ -68,7 +68,7 @@ class Target:
     compiler: str
     version: str
     sm: str
-    lowering: Lowering
+    lowerings: tuple[Lowering, ...]
     opset: int
     precisions: tuple[str, ...]
     memory_mb: int
@@ -137,20 +137,15 @@ class _Reader:
         self.known("", table, keys | AXES.keys())
         if table.get("format_version", 1) != 1:
             self.bad("format_version", "must be 1")
-        precisions = self.get(table, "precisions", list)
-        for i, precision in enumerate(precisions):
-            self.choice(f"precisions.{i}", precision, PRECISIONS)
-        if not precisions:
-            self.bad("precisions", "names none")
         return Target(
             name=name,
             summary=self.get(table, "summary", str),
             compiler=self.choice("compiler", table.get("compiler"), COMPILERS),
             version=self.version(table, "version"),
             sm=self.version(table, "sm"),
-            lowering=self.choice("lowering", table.get("lowering"), get_args(Lowering)),
+            lowerings=self.several(table, "lowerings", get_args(Lowering)),
             opset=self.number(table, "opset", 9, 30),
-            precisions=tuple(precisions),
+            precisions=self.several(table, "precisions", PRECISIONS),
             memory_mb=self.number(table, "memory_mb", 1, MAX_MB),
             workspace_mb=self.number(table, "workspace_mb", 0, MAX_MB),
             optimization_level=self.number(table, "optimization_level", 0, 5),
@@ -182,6 +177,14 @@ class _Reader:
         if value is not None and value not in allowed:
             self.bad(key, f"{_shown(value)} is not one of {', '.join(allowed)}")
         return value
+
+    def several(self, table: dict[str, Any], key: str, allowed: tuple[str, ...]) -> tuple[Any, ...]:
+        values = self.get(table, key, list)
+        for i, value in enumerate(values):
+            self.choice(f"{key}.{i}", value, allowed)
+        if not values:
+            self.bad(key, "names none")
+        return tuple(values)
 
     def version(self, table: dict[str, Any], key: str) -> str:
         value = self.get(table, key, str)

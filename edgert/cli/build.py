@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     "file of your own.",
 )
 @option("--precision", metavar="NAME", help="One of the target's (default: its best).")
+@option("--lowering", metavar="NAME", help="portable or modern (default: the target's best).")
+@option(
+    "--loop-form",
+    is_flag=True,
+    help="One engine with the model's loop inside, instead of one for each part of it.",
+)
 @option("--dry-run", is_flag=True, help="Print the plan and build nothing.")
 @option("--rebuild", is_flag=True, help="Also what the cache has.")
 @as_json
@@ -36,6 +42,8 @@ def build(
     bundle: Path,
     target: str,
     precision: str | None,
+    lowering: str | None,
+    loop_form: bool,
     dry_run: bool,
     rebuild: bool,
     as_json: bool,
@@ -48,23 +56,31 @@ def build(
     the cache, signed: they are native code, and are used only where they were built. The target
     rtx-check compiles on any machine with TensorRT-RTX; what it makes runs nowhere.
     """
+    from contextlib import ExitStack
+    from tempfile import TemporaryDirectory
+
     from edgert.build.pipeline import build_engines
     from edgert.build.plan import plan_build
     from edgert.build.target import find
     from edgert.bundle import Bundle, read_manifest
+    from edgert.cache import cache_dir
 
     chosen = find(target)
     total = sum(entry.bytes for entry in read_manifest(bundle).files.values())
     with hashing(total, quiet=quiet) as advance:
         opened = Bundle.open(bundle, progress=advance)
-    plan = plan_build(opened, chosen, precision)
-    if dry_run:
-        if as_json:
-            print_json(plan.to_json())
-        else:
-            click.echo("\n".join(_described(plan)))
-        return
-    engines = build_engines(plan, rebuild=rebuild, reporter=TerminalReporter(quiet))
+    with ExitStack() as stack:
+        folder = None
+        if loop_form:
+            folder = Path(stack.enter_context(TemporaryDirectory(dir=cache_dir())))
+        plan = plan_build(opened, chosen, precision, folder, lowering)
+        if dry_run:
+            if as_json:
+                print_json(plan.to_json())
+            else:
+                click.echo("\n".join(_described(plan)))
+            return
+        engines = build_engines(plan, rebuild=rebuild, reporter=TerminalReporter(quiet))
     if as_json:
         print_json(plan.to_json() | {"engines": [_engine(engine) for engine in engines]})
         return

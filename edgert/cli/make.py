@@ -37,7 +37,11 @@ if TYPE_CHECKING:
     help="Keep keys and values in fp32 (the default) or int8; both with a comma between.",
 )
 @option(
-    "--lowering", "lowerings", multiple=True, metavar="NAME", help="ort, portable (default: both)."
+    "--lowering",
+    "lowerings",
+    multiple=True,
+    metavar="NAME",
+    help="ort, portable, modern (default: the first two).",
 )
 @option(
     "--context",

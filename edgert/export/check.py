@@ -38,10 +38,15 @@ from edgert.export.twin import twin
 from edgert.models.program import Program, Referee, Reference, Scorer, references
 from edgert.progress import Reporter
 from edgert.runner import Execution, Runner
+from edgert.spec import Lowering
 
 SEED = 20240917
 TOKENS = 24  # long enough for uneven chunks, short enough for a gate that runs at every export
 CHUNKS = (5, 1, 7)  # then the rest
+
+LEAST: dict[Lowering, tuple[int, int]] = {"modern": (1, 27)}
+"""The first ONNX Runtime whose CPU kernels run a lowering, where that is later than what edgert
+asks for."""
 
 
 class _Gate:
@@ -153,6 +158,15 @@ def _compare_logits(
     want = truth.logits[row, start : start + len(got)].numpy()
     c.compare("result", "logits", got, want, at)
     c.best(tokens, want, at)
+
+
+def too_old(lowering: Lowering) -> str | None:
+    """What would run this lowering's graphs here, if the ONNX Runtime that is here does not."""
+    import onnxruntime
+
+    least = LEAST.get(lowering)
+    found = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+    return f"onnxruntime {least[0]}.{least[1]} or newer" if least and found < least else None
 
 
 def check_bundle(

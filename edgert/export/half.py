@@ -1,7 +1,7 @@
 """Typed fp16: matrix products in float16, everything else in float32, said by the graph itself.
 
-    MatMul, Gemm     take and give float16; so the matrices that they read, those of the vocabulary,
-                     and keys and values are stored in it. Not those of a few scores, such as when
+    MatMul, Gemm,    take and give float16; so the matrices that they read, those of the vocabulary,
+    Attention        and keys and values are stored in it. Not those of a few scores, such as when
                      to halt: narrow matrices stay as they are
     what only moves  Reshape, Transpose, Gather, ScatterND ... keeps what it is given
     all else         float32: norms, softmax, rotation, residual stream, Clifford products, what
@@ -32,7 +32,7 @@ from edgert.export.initializers import digest, initializer
 from edgert.models.program import Program, TracedGraph
 from edgert.spec import Lowering, endpoint_at
 
-PRODUCTS = frozenset({"MatMul", "Gemm"})
+PRODUCTS = frozenset({"Attention", "Gemm", "MatMul"})
 MOVES = {
     **dict.fromkeys(("Expand", "Flatten", "Identity", "Pad", "Reshape", "Slice", "Split"), (0,)),
     **dict.fromkeys(("Squeeze", "Transpose", "Unsqueeze"), (0,)),
@@ -66,7 +66,7 @@ class Halver:
 
     scheme = Typed()
     mixed: dict[str, Any] | None = None
-    lowering: Lowering = "portable"
+    lowerings: tuple[Lowering, ...] = ("portable", "modern")
     rounds: str | None = "float16"
     emulated = True
 

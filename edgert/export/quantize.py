@@ -47,7 +47,7 @@ class Quantizer:
     """
 
     mixed: dict[str, Any] | None = None
-    lowering: Lowering = "ort"
+    lowerings: tuple[Lowering, ...] = ("ort",)
     state_dtypes: Mapping[str, str] = MappingProxyType({})
     emulated = False
 

@@ -19,7 +19,7 @@ class Rewriter(Protocol):
 
     scheme        a dataclass that says how; its text is shown, its fields are reported
     mixed         what was kept in more bits, and why, for the report
-    lowering      of the graphs that it rewrites
+    lowerings     of the graphs that it rewrites
     state_dtypes  of the states that its graphs keep in another dtype than the program's
     rounds        what activations are rounded to as they are multiplied; None: they are not
     emulated      whether that shows only in a graph that was changed by `emulate`
@@ -29,7 +29,7 @@ class Rewriter(Protocol):
     mixed: dict[str, Any] | None
 
     @property
-    def lowering(self) -> Lowering: ...
+    def lowerings(self) -> tuple[Lowering, ...]: ...
 
     @property
     def state_dtypes(self) -> Mapping[str, str]: ...

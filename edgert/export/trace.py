@@ -13,10 +13,12 @@ import onnx_ir as ir
 import torch
 
 from edgert.errors import EdgertError
+from edgert.models import modern
 from edgert.models.program import Program, TracedGraph
 from edgert.spec import Lowering
 
-OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) parses
+OPSETS: dict[Lowering, int] = {"ort": 20, "portable": 20, "modern": modern.OPSET}
+"""20 is the newest that TensorRT 10.3 (JetPack 6) parses."""
 IR_VERSION = 10  # ONNX Runtime 1.23 reads up to 11
 
 _EXAMPLE = {"batch": 2, "tokens": 3, "select": 5, "capacity": 16}
@@ -52,7 +54,7 @@ def trace(program: Program, graph: TracedGraph, lowering: Lowering) -> ir.Model:
                 dynamic_shapes=_like_signature(module, shapes),
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
-                opset_version=OPSET,
+                opset_version=OPSETS[lowering],
                 optimize=True,
                 verbose=False,
             )

@@ -18,9 +18,9 @@ import torch
 
 from edgert._version import __version__
 from edgert.bundle import Bundle, list_files, seal, write_manifest
-from edgert.errors import UnsupportedModel, UsageError
+from edgert.errors import MissingDependency, UnsupportedModel, UsageError
 from edgert.export.accuracy import REPORT as ACCURACY
-from edgert.export.check import check_bundle
+from edgert.export.check import check_bundle, too_old
 from edgert.export.comparison import Verdict
 from edgert.export.few_bits import accuracy_of, quantizers_of
 from edgert.export.half import Halver
@@ -98,17 +98,17 @@ class ExportOptions:
         for precision, given in self.schemes.items():
             scheme_of(precision, given)
         for lowering in self.lowerings:
-            if lowering not in DEFAULT_LOWERINGS:
+            if lowering not in LOWERINGS:
                 raise UsageError(
                     f"lowering {lowering!r} cannot be exported",
-                    do=f"choose from: {', '.join(DEFAULT_LOWERINGS)}",
+                    do=f"choose from: {', '.join(LOWERINGS)}",
                 )
         if self.max_drift is not None and not 0 <= self.max_drift < math.inf:
             raise UsageError(
                 f"max_drift = {self.max_drift:g} bounds nothing", do="give nats from 0 on"
             )
         if not self.lowerings:
-            raise UsageError("no lowering was asked for", do="choose ort, portable or both")
+            raise UsageError("no lowering was asked for", do=f"choose from: {', '.join(LOWERINGS)}")
         if self.name is not None and not SLUG.fullmatch(self.name):
             raise UsageError(
                 f"{self.name!r} is not a name for a bundle",
@@ -171,10 +171,11 @@ def _rewriters(
     found: dict[str, Rewriter] = {}
     found |= quantizers_of(program, source, options.weight_only, lowerings, said, reporter)
     if "fp16" in options.precisions:
-        if Halver.lowering not in lowerings:
+        if not set(Halver.lowerings) & set(lowerings):
             raise UsageError(
-                f"fp16 is a precision of {Halver.lowering} graphs, which were not asked for",
-                do=f"add --lowering {Halver.lowering}",
+                f"fp16 is a precision of {' and '.join(Halver.lowerings)} graphs, which were not "
+                "asked for",
+                do=f"add --lowering {Halver.lowerings[0]}",
             )
         found["fp16"] = Halver(program)
     return found
@@ -194,6 +195,8 @@ def _feasible(
     program: Program, wanted: tuple[Lowering, ...], reporter: Reporter
 ) -> tuple[Lowering, ...]:
     for lowering in wanted:
+        if why := too_old(lowering):
+            raise MissingDependency(why, "cpu", why=f"it proves {lowering} graphs")
         if lowering in program.refusals:
             reporter.line("note", f"no {lowering} lowering: {program.refusals[lowering]}")
     feasible = tuple(x for x in LOWERINGS if x in wanted and x not in program.refusals)
@@ -236,7 +239,7 @@ def _write_graphs(
                 precision + KVS[kept]: (precision, kept)
                 for precision in files
                 for kept in options.kvs
-                if (precision not in rewriters or rewriters[precision].lowering == lowering)
+                if (precision not in rewriters or lowering in rewriters[precision].lowerings)
                 and (kept == "fp32" or lowering == "ort")
             }
             for form, graphs in forms.items():

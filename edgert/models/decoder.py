@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgert.models.block import Block, stack
-from edgert.models.layers import FORMS, Eager, Heads, Ort, Stateful, Step, rope_tables
+from edgert.models.forms import FORMS, refusals
+from edgert.models.layers import Eager, Heads, Stateful, Step, rope_tables
 from edgert.models.program import Program, TracedGraph, counted, kv_states, references
 from edgert.spec import DECODER_INPUTS, ProgramSpec, Wire, decoder_results
 
@@ -116,7 +117,6 @@ def graphs(model: Decoder) -> Program:
     inputs: dict[str, Wire] = {"ids": "input.ids", "select": "input.select", "lens": "state.lens"}
     outputs: dict[str, Wire] = {"logits": "result.logits", "token": "result.token"}
     parameters = sum(p.numel() for p in model.parameters())
-    refusal = Ort.refusal(c.heads)
     return Program(
         summary=f"dense decoder, {c.num_layers} blocks, {counted(parameters)} parameters",
         parts=ProgramSpec(epilogue="decode"),
@@ -136,5 +136,5 @@ def graphs(model: Decoder) -> Program:
         reference=partial(references, model, c.num_layers),
         parameters=parameters,
         weights=model,
-        refusals={"ort": refusal} if refusal else {},
+        refusals=refusals(c.heads),
     )

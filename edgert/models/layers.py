@@ -6,8 +6,9 @@ target answers in its own way: normalise, add and normalise, attend over the seq
     Eager     plain torch over a whole sequence, no state: the truth, and what training uses
     Portable  primitive ONNX operators (opset 20 or lower) over fixed-capacity KV state
     Ort       fused com.microsoft operators over the same state, for ONNX Runtime's CPU kernels
+    Modern    operators of sets 23 and 24, for TensorRT 10.15 and later (`modern`)
 
-The two graph forms are used only while a graph is traced. They agree with `Eager` by proof: the
+The graph forms are used only while a graph is traced. They agree with `Eager` by proof: the
 parity gate of the export compares every state and output.
 
 Shapes  B batch, T tokens of this step, H hidden, n query heads, m KV heads, d head size,
@@ -23,8 +24,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from edgert.spec import Lowering
 
 MASKED = -30000.0
 """Added to the scores of forbidden keys: exp() of it is 0 in fp32, and it fits into fp16."""
@@ -208,8 +207,8 @@ class Portable(Stateful):
             ),
             dim=-1,
         )
-        seen = torch.arange(capacity)[None, None, :] <= self.positions[:, :, None]
-        self.bias = torch.where(seen, 0.0, MASKED)[:, None, None]  # [B, 1, 1, T, C]
+        self.seen = torch.arange(capacity)[None, None, :] <= self.positions[:, :, None]  # [B, T, C]
+        self.bias = torch.where(self.seen, 0.0, MASKED)[:, None, None]  # [B, 1, 1, T, C]
 
     def write(self, state: Tensor, rows: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
@@ -296,6 +295,3 @@ class Ort(Stateful):
             version=1,
         )
         return out
-
-
-FORMS: dict[Lowering, type[Stateful]] = {"ort": Ort, "portable": Portable}

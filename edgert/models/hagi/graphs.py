@@ -17,9 +17,10 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgert.models.forms import FORMS, refusals
 from edgert.models.hagi.gdr import GDR, FoldedGDR
 from edgert.models.hagi.model import HAGI
-from edgert.models.layers import FORMS, Ort, Stateful
+from edgert.models.layers import Stateful
 from edgert.models.program import Program, TracedGraph, counted, kv_states, references
 from edgert.spec import (
     DECODER_INPUTS,
@@ -124,7 +125,6 @@ def graphs(model: HAGI) -> Program:
         hidden = TensorSpec("float32", ("batch", "tokens", c.hidden_size))
         change = TensorSpec("float32", ("batch", "tokens"))
         loop = LoopSpec(c.iterations, {"h": hidden}, {"change": change}, fill="copy")
-    refusal = Ort.refusal(c.heads)
     depth = f", {c.iterations} iterations" if loop else ""
     return Program(
         summary=f"HAGI {c.letter}, {c.slots} executed blocks{depth}, {counted(parameters)} "
@@ -140,7 +140,7 @@ def graphs(model: HAGI) -> Program:
         reference=partial(references, model, c.slots),
         parameters=parameters,
         weights=folded,
-        refusals={"ort": refusal} if refusal else {},
+        refusals=refusals(c.heads),
     )
 
 

@@ -71,6 +71,9 @@ class Fused(Step):
 
 
 FORMS: dict[Lowering, type[Step]] = {"ort": Fused, "portable": Step}
+NO_STATE: dict[Lowering, str] = {
+    "modern": "it keeps no keys and values, so newer TensorRT takes its portable graphs"
+}
 
 
 class Embedding(nn.Module):
@@ -241,7 +244,7 @@ def graphs(model: HRM) -> Program:
         turns=lambda given: _turns(model, given),
         parameters=parameters,
         weights=model,
-        refusals={},
+        refusals=NO_STATE,
         tables=tables,
     )
 
@@ -301,7 +304,7 @@ def bidir_graphs(model: Bidir) -> Program:
         turns=lambda given: _bidir_turns(model, given),
         parameters=parameters,
         weights=model,
-        refusals={},
+        refusals=NO_STATE,
     )
 
 

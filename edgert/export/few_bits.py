@@ -17,13 +17,14 @@ from edgert.export.mixed import widen
 from edgert.export.nbits import CALIBRATED, Scheme
 from edgert.export.quantize import Quantizer
 from edgert.export.rewriter import Rewriter
+from edgert.export.spoken import WINDOW
 from edgert.export.tuning import tune
 from edgert.models.importers import Imported
 from edgert.models.program import Program, Scorer
 from edgert.progress import Reporter
 
-CALIBRATION = 24
-"""Windows of what the model said that moments are taken of; tuning reads all of them."""
+CALIBRATION = 40
+"""Windows that moments are taken of; tuning reads all of them."""
 
 
 def quantizers_of(
@@ -51,11 +52,13 @@ def quantizers_of(
         raise UnsupportedModel(
             f"{wanted} needs the lowering ort: {why}", do="export with --precision fp32"
         )
-    windows = said() if any(map(_calibrates, schemes.values())) else []
+    windows: list[accuracy.Ids] = []
+    if any(map(_calibrates, schemes.values())):
+        windows = _mingled(_written(program, source), said())
     seen: dict[str, Moments] = {}
     if windows:
         reference = program.reference
-        with reporter.stage("reading", "what the model said", CALIBRATION) as advance:
+        with reporter.stage("reading", "calibration text", CALIBRATION) as advance:
 
             def read(ids: accuracy.Ids) -> None:
                 reference(torch.from_numpy(ids[None]))
@@ -69,6 +72,22 @@ def quantizers_of(
         if quantizer.scheme.mixed:
             _mix(precision, quantizer, program, source, reporter)
     return made
+
+
+def _written(program: Program, source: Imported) -> list[accuracy.Ids]:
+    """Windows of text that somebody wrote, and that nothing is judged or measured on."""
+    tokenizer = accuracy.tokenizer_of(source)
+    if tokenizer is None:
+        return []
+    return accuracy.sample(tokenizer, program.context, offset=0.0, window=WINDOW).windows
+
+
+def _mingled(few: Sequence[accuracy.Ids], many: Sequence[accuracy.Ids]) -> list[accuracy.Ids]:
+    """Both, the few spread evenly over the many."""
+    every = len(many) / max(1, len(few))
+    ranked = [(place * every, 0, ids) for place, ids in enumerate(few)]
+    ranked += [(float(place), 1, ids) for place, ids in enumerate(many)]
+    return [ids for *_, ids in sorted(ranked, key=lambda one: one[:2])]
 
 
 def _calibrates(scheme: Scheme) -> bool:

@@ -1,9 +1,8 @@
 """Text that a model says itself: what its weights are rounded by.
 
 Sampled at temperature 1, it has the model's own distribution, which no text at hand has: moments
-and scales that are found on one kind of text serve that kind better than others. It needs no
-tokenizer, and none of the texts that accuracy is measured on are in it. (As in LLM-QAT,
-arXiv 2305.17888.)
+and scales that are found on one kind of text alone serve that kind better than others. It needs no
+tokenizer. (As in LLM-QAT, arXiv 2305.17888.)
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Ids = NDArray[np.int64]
 WINDOW = 256
 ROWS = 24
 """Sequences side by side: a step over them reads the weights once."""
-ROUNDS = 3
+ROUNDS = 2
 
 
 def spoken(

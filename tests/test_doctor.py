@@ -244,7 +244,9 @@ def test_tensorrt_is_found_without_being_imported(tree):
     """By its place and the version of its package."""
     versions = {"tensorrt": "10.3.0"}
     report = examine(tree({}, found=lambda name: name == "tensorrt", version=versions.get))
-    assert row(report, "TensorRT").finding.startswith("10.3.0 · not used by this version")
+    finding = row(report, "TensorRT").finding
+    assert finding == "10.3.0 · used by edgert build, and by --device tensorrt"
+    assert row(report, "cuda-bindings").do == "pip install 'edgert[tensorrt]'"
     assert "tensorrt" not in sys.modules
     nameless = examine(tree({}, found=lambda name: name == "tensorrt", version=lambda name: None))
     assert row(nameless, "TensorRT").finding.startswith("of unknown version")
@@ -272,7 +274,11 @@ def test_half_a_driver_is_not_asked(tree, files, finding):
 @pytest.mark.parametrize(
     ("said", "finding", "status"),
     [
-        ({"code": 35}, "cuInit says 35: the driver is too old for its library", "warning"),
+        (
+            {"code": 35},
+            "cuInit says 35: there is no driver, or it is too old for its library",
+            "warning",
+        ),
         ({"code": 100}, "cuInit says 100: there is no device", "warning"),
         ({"code": 999}, "cuInit says 999: see cudaError_enum", "warning"),
         ({"code": 0, "devices": 0, "version": 12040}, "0 × device · CUDA 12.4", "warning"),

@@ -25,6 +25,15 @@ def lowerings(device: str) -> tuple[Lowering, ...]:
     return _LOWERINGS["cpu" if device == "auto" else device]
 
 
+def check_device(device: str) -> None:
+    """Raise Incompatible for a device that is unknown, or plainly not here, before any work."""
+    lowerings(device)
+    if device == "tensorrt":
+        from edgert.backends.tensorrt.opening import check_driver
+
+        check_driver()
+
+
 def open_backend(device: str, *, threads: int = 0, prepack: bool = True) -> Backend:
     """The backend of a device. Raises Incompatible for a device this machine or version lacks,
     UsageError for a setting that the device has not."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgert.backends import lowerings
+from edgert.backends import check_device, lowerings
 from edgert.bench import facts, power
 from edgert.bench.cold import STARTS, cold_start
 from edgert.bench.measure import Request, requests
@@ -83,6 +83,7 @@ def bench(
     reporter, p = reporter or Reporter(), placement
     bundle = Bundle.open(path, "stamp", hashed)
     manifest = bundle.manifest
+    check_device(p.device)
     variant = choose_variant(manifest, p.device, p.precision, p.lowering, p.variant, p.kv)
     spec = manifest.tokenizer
     file = bundle.path(spec.file) if spec and spec.file else None
@@ -92,7 +93,8 @@ def bench(
         timed = time_requests(model, work, device=p.device, prepack=p.prepack, reporter=reporter)
     reference = reference_variant(bundle, variant, p.device)
     with reporter.stage("verifying", f"by {reference}, whole sequence at once"):
-        mapped = Placement(p.device, threads=p.threads, prepack=False)
+        on_cpu = p.device != "tensorrt"  # only there weights have another layout to be without
+        mapped = Placement(p.device, threads=p.threads, prepack=p.prepack and not on_cpu)
         with _load(path, reference, mapped) as model:
             verified = verify(model, work, timed, started, expected)
     return put_together(timed, work, started, verified)

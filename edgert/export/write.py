@@ -203,7 +203,7 @@ def _feasible(
     if not feasible:
         raise UnsupportedModel(
             f"no lowering of {', '.join(wanted)} fits this model: "
-            + "; ".join(program.refusals.values()),
+            + "; ".join(program.refusals[lowering] for lowering in wanted),
             do="export with --lowering portable",
         )
     return feasible

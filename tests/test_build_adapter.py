@@ -279,7 +279,7 @@ def tensorrt(monkeypatch) -> list[str]:
         asked.append(name)
         return SimpleNamespace(__version__="10.3.0")
 
-    monkeypatch.setattr("edgert.build.device.import_module", load)
+    monkeypatch.setattr("edgert.backends.tensorrt.opening.import_module", load)
     return asked
 
 
@@ -342,6 +342,6 @@ def test_a_module_without_its_libraries_is_said(tmp_path, monkeypatch):
     def load(name: str) -> Any:
         raise ImportError("libnvinfer.so.10: cannot open shared object file")
 
-    monkeypatch.setattr("edgert.build.device.import_module", load)
+    monkeypatch.setattr("edgert.backends.tensorrt.opening.import_module", load)
     with pytest.raises(Incompatible, match=r"cannot be loaded: libnvinfer\.so\.10"):
         load_compiler(ORIN, machine(tmp_path, code=0, devices=1, sm=[8, 7]))

@@ -291,7 +291,8 @@ def test_a_session_that_ends_gives_its_memory_back_between_two_calls():
 
 
 def test_nothing_is_freed_while_launches_are_written_down():
-    """A buffer that goes away in the middle of a capture waits for its end."""
+    """A buffer that goes away in the middle of a capture waits for its end, also where copies are
+    captured, as for the rows of a batch."""
     gone: list[Any] = []
 
     class Watched(FakeCuda):
@@ -304,12 +305,16 @@ def test_nothing_is_freed_while_launches_are_written_down():
     bundle = Bundle(Path("fake"), fake_model.manifest())
     with Model(bundle, Runner(bundle, VARIANT, backend)) as model, on_cpu() as host:
         gone.append(backend.allocate("float32", (64,)))
-        got, want = (m.generate(PROMPT, max_tokens=9).tokens for m in (model, host))
-        assert got == want
+        found = []
+        for each in (model, host):
+            row = each.runner.open(batch=2, tokens=20).row(1)
+            found.append([io.token.item() for io in row.feed(np.array(IDS[:6]), chunk=1)])
+        assert found[0] == found[1]
         assert not gone
-        captured = cuda.calls.index("end_capture")
-        assert "free" not in cuda.calls[:captured]
-        assert "free" in cuda.calls[captured:]
+        begun, ended = cuda.calls.index("begin_capture"), cuda.calls.index("end_capture")
+        assert "copyDeviceToDevice" in cuda.calls[begun:ended]
+        assert "free" not in cuda.calls[:ended]
+        assert "free" in cuda.calls[ended:]
 
 
 # ------------------------------------------------------------------------------------ engines

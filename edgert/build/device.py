@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
+from edgert.backends.tensorrt.opening import imported
 from edgert.build.target import Target
 from edgert.doctor.jetson import LIBCUDA
 from edgert.doctor.machine import Machine
@@ -22,13 +22,7 @@ def load_compiler(target: Target, machine: Machine | None = None) -> Any:
         raise _missing(target)
     if target.compiler == "tensorrt":
         _check_device(target, machine)
-    try:
-        trt = import_module(target.compiler)
-    except ImportError as error:
-        raise Incompatible(
-            f"{target.compiler} is installed and cannot be loaded: {error}",
-            do="install its libraries, of the same version as its Python module",
-        ) from error
+    trt = imported(target.compiler)
     version = str(trt.__version__)
     if version.split(".")[:2] != target.version.split("."):
         raise Incompatible(

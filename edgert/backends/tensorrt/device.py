@@ -20,7 +20,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.backends.tensorrt.cuda import Cuda
+from edgert.backends.tensorrt.cuda import Cuda, Direction
 from edgert.backends.tensorrt.memory import aligned
 from edgert.backends.tensorrt.rectangles import Part, rectangles
 from edgert.errors import UsageError
@@ -109,28 +109,34 @@ class Device:
 
     def copy(self, to: int, to_part: Part, source: int, source_part: Part, itemsize: int) -> None:
         """From device to device, in the stream."""
-        with self.use() as cuda:
-            for r in rectangles(to_part, source_part, itemsize):
-                sides = (to + r.to, r.to_pitch), (source + r.source, r.source_pitch)
-                cuda.copy(*sides, r.width, r.height, "DeviceToDevice", self.stream)
+        with self.use():
+            self._move(to, to_part, source, source_part, itemsize, "DeviceToDevice")
 
-    def to_host(self, out: NDArray[np.generic], out_part: Part, source: int, part: Part) -> None:
+    def to_host(self, out: NDArray[np.generic], dense: Part, source: int, part: Part) -> None:
         """Into a dense array; it is there when this returns."""
         with self.use() as cuda:
-            for r in rectangles(out_part, part, out.dtype.itemsize):
-                to = out.ctypes.data + r.to, r.to_pitch
-                other = source + r.source, r.source_pitch
-                cuda.copy(to, other, r.width, r.height, "DeviceToHost", self.stream)
+            self._move(out.ctypes.data, dense, source, part, out.dtype.itemsize, "DeviceToHost")
             cuda.sync(self.stream)
 
     def from_host(self, to: int, part: Part, values: NDArray[np.generic], dense: Part) -> None:
         """From a dense array, which may be changed when this returns."""
         with self.use() as cuda:
-            for r in rectangles(part, dense, values.dtype.itemsize):
-                source = values.ctypes.data + r.source, r.source_pitch
-                side = to + r.to, r.to_pitch
-                cuda.copy(side, source, r.width, r.height, "HostToDevice", self.stream)
+            size = values.dtype.itemsize
+            self._move(to, part, values.ctypes.data, dense, size, "HostToDevice")
             cuda.sync(self.stream)
+
+    def _move(
+        self,
+        to: int,
+        to_part: Part,
+        source: int,
+        source_part: Part,
+        itemsize: int,
+        direction: Direction,
+    ) -> None:
+        for r in rectangles(to_part, source_part, itemsize):
+            sides = (to + r.to, r.to_pitch), (source + r.source, r.source_pitch)
+            self.cuda.copy(*sides, r.width, r.height, direction, self.stream)
 
 
 class Memory:

@@ -55,13 +55,7 @@ def load_tensorrt() -> Any:
             "--system-site-packages"
         )
         raise error
-    try:
-        trt = import_module("tensorrt")
-    except ImportError as error:
-        raise Incompatible(
-            f"tensorrt is installed and cannot be loaded: {error}",
-            do="install its libraries, of the same version as its Python module",
-        ) from error
+    trt = imported("tensorrt")
     version = str(trt.__version__)
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
         raise Incompatible(
@@ -70,3 +64,14 @@ def load_tensorrt() -> Any:
             do="update to JetPack 6.1 or newer",
         )
     return trt
+
+
+def imported(name: str) -> Any:
+    """A module that is installed. Raises Incompatible if its libraries are not there."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise Incompatible(
+            f"{name} is installed and cannot be loaded: {error}",
+            do="install its libraries, of the same version as its Python module",
+        ) from error

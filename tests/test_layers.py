@@ -37,7 +37,7 @@ RUN_ZONE = (
     Line("edgert"),
     Line(
         "api bench doctor evaluate halting_report halting_text halting_puzzles halting_data "
-        "halting_picture migrating mailbox recipebook",
+        "halting_picture migrating mailbox recipebook selfcheck",
         together=True,
     ),
     Line("conversation resuming"),

@@ -310,9 +310,9 @@ class _Composer:
         if not self.stacked:
             return
         g = self.graft
-        state = self._state(self.body.outputs[self.stacked[0]])
+        first = self._state(self.body.outputs[self.stacked[0]])
         ids = next(iter(self.manifest.inputs))
-        own, last = places(g, state, self.loop.iterations, ids, "loop/batch", "loop/taken")
+        own, last = places(g, first, self.loop.iterations, ids, "loop/batch", "loop/taken")
         for name in self.stacked:
             stack = f"loop/stack.{name}"
             if self.loop.fill == "copy":

@@ -23,8 +23,8 @@ from edgert.models.importers import Imported
 from edgert.models.program import Program, Scorer
 from edgert.progress import Reporter
 
-CALIBRATION = 40
-"""Windows that moments are taken of; tuning reads all of them."""
+CALIBRATION = 24
+"""Windows of what the model said that moments are taken of; tuning reads all of them."""
 
 
 def quantizers_of(
@@ -52,23 +52,23 @@ def quantizers_of(
         raise UnsupportedModel(
             f"{wanted} needs the lowering ort: {why}", do="export with --precision fp32"
         )
-    windows: list[accuracy.Ids] = []
-    if any(map(_calibrates, schemes.values())):
-        windows = _mingled(_written(program, source), said())
+    spoken: list[accuracy.Ids] = []
     seen: dict[str, Moments] = {}
-    if windows:
+    if any(map(_calibrates, schemes.values())):
+        spoken = said()
+        windows = [*spoken[:CALIBRATION], *_written(program, source)]
         reference = program.reference
-        with reporter.stage("reading", "calibration text", CALIBRATION) as advance:
+        with reporter.stage("reading", "calibration text", len(windows)) as advance:
 
             def read(ids: accuracy.Ids) -> None:
                 reference(torch.from_numpy(ids[None]))
                 advance(1)
 
-            seen = moments(program.weights, read, windows[:CALIBRATION])
+            seen = moments(program.weights, read, windows)
     made = {name: Quantizer(program.weights, scheme, seen) for name, scheme in schemes.items()}
     for precision, quantizer in made.items():
         if quantizer.scheme.tuned:
-            _tune(precision, quantizer, program, windows, reporter)
+            _tune(precision, quantizer, program, spoken, reporter)
         if quantizer.scheme.mixed:
             _mix(precision, quantizer, program, source, reporter)
     return made
@@ -80,14 +80,6 @@ def _written(program: Program, source: Imported) -> list[accuracy.Ids]:
     if tokenizer is None:
         return []
     return accuracy.sample(tokenizer, program.context, offset=0.0, window=WINDOW).windows
-
-
-def _mingled(few: Sequence[accuracy.Ids], many: Sequence[accuracy.Ids]) -> list[accuracy.Ids]:
-    """Both, the few spread evenly over the many."""
-    every = len(many) / max(1, len(few))
-    ranked = [(place * every, 0, ids) for place, ids in enumerate(few)]
-    ranked += [(float(place), 1, ids) for place, ids in enumerate(many)]
-    return [ids for *_, ids in sorted(ranked, key=lambda one: one[:2])]
 
 
 def _calibrates(scheme: Scheme) -> bool:

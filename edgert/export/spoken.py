@@ -22,7 +22,7 @@ Ids = NDArray[np.int64]
 WINDOW = 256
 ROWS = 24
 """Sequences side by side: a step over them reads the weights once."""
-ROUNDS = 2
+ROUNDS = 3
 
 
 def spoken(

@@ -146,6 +146,25 @@ def test_one_spoilt_graph_is_found(bundle, variant, part, copied, run):
     assert variant in parity["said"]
 
 
+@pytest.mark.parametrize("bundle", ["tiny"], indirect=True)
+def test_what_is_no_number_is_found(bundle, copied, run):
+    """Of weights that are NaN nothing can be compared, which is a failure and no crash."""
+
+    def spoil(model: Any, spec: Any) -> None:
+        for tensor in model.graph.initializer:
+            if len(tensor.dims) == 2 and tensor.data_type == onnx.TensorProto.FLOAT:
+                values = np.full(tuple(tensor.dims), np.nan, np.float32)
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    root = copied(bundle)
+    changed(root, "fp32-portable", "epilogue", spoil)
+    result = run("selfcheck", root, "--json", "-q")
+    assert result.code == 1
+    (parity,) = (c for c in json.loads(result.out)["checks"] if c["name"] == "parity")
+    assert parity["status"] == "failed"
+    assert "not a number" in parity["said"]
+
+
 @pytest.mark.parametrize("bundle", ["looped", "solver"], indirect=True)
 def test_a_loop_that_ends_elsewhere_is_found(bundle, copied, run):
     """Only the signal of one lowering is off: parity holds, halting fails."""

@@ -8,6 +8,7 @@ seen: the bundle's identity in the report says which bundle it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,9 +55,12 @@ def parity(subject: Subject) -> Check:
         seen.setdefault(variant, whole)
         if alike is not None:
             del seen[variant]  # one of each kind is kept
-    worst = max(r["max_abs"] for r in rows if "margin" in r and r["max_abs"] is not None)
+    if not rows:
+        return Check("parity", "skipped", "no variant that this device runs has a stepped loop")
+    found = [r["max_abs"] for r in rows if "margin" in r and r["max_abs"] is not None]
+    worst = max(found, default=math.nan)
     said = f"{len(rows)} comparisons, max |Δlogit| {worst:.1e}"
-    drifts = [r["kl"] for r in rows if "max_kl" in r]
+    drifts = [r["kl"] for r in rows if "max_kl" in r and r["kl"] is not None]
     if drifts:
         said += f", between precisions {max(drifts):.2g} nats"
     names = {row["variant"] for row in rows}

@@ -66,14 +66,19 @@ def fresh_process(subject: Subject, file: Path) -> list[Any]:
         "solves": subject.solves,
         "device": subject.device,
     }
-    process = subprocess.run(
-        [sys.executable, "-m", "edgert.selfcheck.sessions"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "edgert.selfcheck.sessions"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EdgertError(
+            f"the process that resumes the session did not end within {_TIMEOUT_S} s"
+        ) from error
     if process.returncode:
         said = process.stderr.strip().splitlines()
         raise EdgertError(

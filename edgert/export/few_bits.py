@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,6 @@ from edgert.export.mixed import widen
 from edgert.export.nbits import CALIBRATED, Scheme
 from edgert.export.quantize import Quantizer
 from edgert.export.rewriter import Rewriter
-from edgert.export.spoken import WINDOW
 from edgert.export.tuning import tune
 from edgert.models.importers import Imported
 from edgert.models.program import Program, Scorer
@@ -52,38 +52,69 @@ def quantizers_of(
         raise UnsupportedModel(
             f"{wanted} needs the lowering ort: {why}", do="export with --precision fp32"
         )
-    spoken: list[accuracy.Ids] = []
-    seen: dict[str, Moments] = {}
-    if any(map(_calibrates, schemes.values())):
-        spoken = said()
-        windows = [*spoken[:CALIBRATION], *_written(program, source)]
-        reference = program.reference
-        with reporter.stage("reading", "calibration text", len(windows)) as advance:
-
-            def read(ids: accuracy.Ids) -> None:
-                reference(torch.from_numpy(ids[None]))
-                advance(1)
-
-            seen = moments(program.weights, read, windows)
-    made = {name: Quantizer(program.weights, scheme, seen) for name, scheme in schemes.items()}
+    texts = _Texts(program, source, said, reporter)
+    made = {
+        precision: Quantizer(
+            program.weights,
+            scheme,
+            texts.moments(fine=scheme.bits == 8) if scheme.method in CALIBRATED else None,
+        )
+        for precision, scheme in schemes.items()
+    }
     for precision, quantizer in made.items():
         if quantizer.scheme.tuned:
-            _tune(precision, quantizer, program, spoken, reporter)
+            _tune(precision, quantizer, program, texts.spoken, reporter)
         if quantizer.scheme.mixed:
             _mix(precision, quantizer, program, source, reporter)
     return made
 
 
-def _written(program: Program, source: Imported) -> list[accuracy.Ids]:
-    """Windows of text that somebody wrote, and that nothing is judged or measured on."""
-    tokenizer = accuracy.tokenizer_of(source)
-    if tokenizer is None:
-        return []
-    return accuracy.sample(tokenizer, program.context, offset=0.0, window=WINDOW).windows
+class _Texts:
+    """What weights are calibrated by, made when it is asked for.
 
+    Few bits go by what the model says itself, since what they lose differs from text to text.
+    8 bits lose little anywhere, and least by a text that somebody wrote: so by that, where there
+    is a tokenizer to read it.
+    """
 
-def _calibrates(scheme: Scheme) -> bool:
-    return scheme.method in CALIBRATED or scheme.tuned
+    def __init__(
+        self,
+        program: Program,
+        source: Imported,
+        said: Callable[[], list[accuracy.Ids]],
+        reporter: Reporter,
+    ) -> None:
+        self._program, self._said, self._reporter = program, said, reporter
+        self._tokenizer = accuracy.tokenizer_of(source)
+        self._moments: dict[bool, dict[str, Moments]] = {}
+
+    @cached_property
+    def spoken(self) -> list[accuracy.Ids]:
+        return self._said()
+
+    def moments(self, *, fine: bool) -> dict[str, Moments]:
+        """For 8 bits, or for fewer."""
+        written = fine and self._tokenizer is not None
+        if written not in self._moments:
+            self._moments[written] = self._read(self._written() if written else self.spoken)
+        return self._moments[written]
+
+    def _written(self) -> list[accuracy.Ids]:
+        """None that anything is judged or measured on."""
+        assert self._tokenizer is not None
+        return accuracy.sample(self._tokenizer, self._program.context, offset=0.0).windows
+
+    def _read(self, windows: Sequence[accuracy.Ids]) -> dict[str, Moments]:
+        windows = windows[:CALIBRATION]
+        reference = self._program.reference
+        assert reference is not None
+        with self._reporter.stage("reading", "calibration text", len(windows)) as advance:
+
+            def read(ids: accuracy.Ids) -> None:
+                reference(torch.from_numpy(ids[None]))
+                advance(1)
+
+            return moments(self._program.weights, read, windows)
 
 
 def _eager(program: Program) -> Callable[[accuracy.Ids], torch.Tensor]:

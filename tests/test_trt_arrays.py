@@ -78,7 +78,7 @@ def test_what_the_protocol_allows_is_taken(changes):
         ({"typestr": "nonsense"}, "has the type"),
         ({"typestr": ...}, "has the type None"),
         ({"strides": (4, 8)}, r"has strides \(4, 8\), dense are \(12, 4\)"),
-        ({"mask": object()}, "has a mask"),
+        ({"mask": (1, 0)}, "has a mask"),
         ({"stream": 0}, "names the stream 0"),
         ({"stream": -1}, "names the stream -1"),
         ({"stream": "7"}, "names the stream '7'"),

@@ -17,6 +17,7 @@ from wheels import ROOT
 
 import edgert
 from edgert.cli import cli, main
+from edgert.doctor.machine import Machine
 from edgert.errors import EdgertError
 
 PAGES = sorted(
@@ -107,14 +108,31 @@ def files(tiny_bundle, saved_session, copier_bundle, tmp_path_factory) -> dict[s
     return found | {PUZZLES: puzzles, PAUSED: paused}
 
 
+def cheap(typed: Typed) -> bool:
+    """No training or export, and no report of an earlier one; GPUs are looked for below."""
+    verb, *rest = typed.arguments
+    return verb not in ("export", "train", "halt") and not {"--halt", "--expect"} & set(rest)
+
+
+def needs_gpu(typed: Typed) -> bool:
+    verb, *rest = typed.arguments
+    builds = verb == "build" and not {"--dry-run", "rtx-check"} & set(rest)
+    return builds or "tensorrt" in rest
+
+
 @pytest.mark.parametrize(
-    "typed",
-    [
-        typed
-        for typed in COMMANDS
-        if typed.arguments[0] not in ("export", "train", "halt") and "--halt" not in typed.arguments
-    ],
-    ids=str,
+    "typed", [typed for typed in COMMANDS if needs_gpu(typed) and cheap(typed)], ids=str
+)
+def test_what_needs_a_gpu_says_so_where_there_is_none(typed, tiny_bundle, capsys) -> None:
+    if Machine().root.joinpath("dev/nvhost-ctrl-gpu").exists() or shutil.which("nvidia-smi"):
+        pytest.skip("there may be a GPU")
+    arguments = (str(tiny_bundle) if a.startswith("bundles/") else a for a in typed.arguments)
+    assert main(list(arguments)) == 4
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "typed", [typed for typed in COMMANDS if cheap(typed) and not needs_gpu(typed)], ids=str
 )
 def test_what_is_cheap_runs(
     typed,

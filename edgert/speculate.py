@@ -118,7 +118,7 @@ class Record:
         for k in range(1, min(most, WIDTHS[-1]) + 1):
             place = min(length + k - 1, LENGTHS[0]) - LENGTHS[-1]
             reached *= self.outcomes[place].bit_count() / WINDOW
-            if reached < cost:  # it falls: no more guesses will pay
+            if reached < cost and k - 1 in (0, *WIDTHS):  # it falls: no more guesses will pay
                 break
             tokens += reached
             speed = tokens / (1 + cost * k)

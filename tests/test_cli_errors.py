@@ -126,7 +126,7 @@ def test_a_changed_byte_is_3(run, tiny_bundle, copied) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "cuda"], "cuda"),
+        (["--device", "cuda"], "CUDAExecutionProvider"),
         (["--precision", "int4"], "int4"),
         (["--lowering", "modern"], "modern"),
     ],

@@ -58,14 +58,14 @@ def test_the_best_variant_that_fits_is_chosen(has, asked, chosen):
     [
         ("cpu", ("int4", None), "no variant int4"),
         ("cpu", ("fp32", "modern"), "no variant fp32 modern"),
-        ("cuda", (None, None), "no device 'cuda'"),
+        ("npu", (None, None), "no device 'npu'"),
     ],
 )
 def test_a_variant_that_is_not_there_is_refused(device, asked, message):
     made = manifest(variants=variants("fp32-ort", "int8-ort"))
     with pytest.raises(Incompatible, match=message) as caught:
         choose_variant(made, device, *asked)
-    assert ("auto, cpu" if device == "cuda" else "fp32-ort, int8-ort") in str(caught.value)
+    assert ("auto, cpu" if device == "npu" else "fp32-ort, int8-ort") in str(caught.value)
 
 
 def test_a_bundle_for_other_devices_only_is_refused():
@@ -75,8 +75,8 @@ def test_a_bundle_for_other_devices_only_is_refused():
 
 
 def test_an_unknown_device_is_refused_by_load(tiny_bundle):
-    with pytest.raises(Incompatible, match="no device 'cuda'"):
-        edgert.load(tiny_bundle, "cuda")
+    with pytest.raises(Incompatible, match="no device 'npu'"):
+        edgert.load(tiny_bundle, "npu")
 
 
 # Scoring

@@ -333,6 +333,7 @@ def engine_target(folder: Path) -> Target:
         {
             "format_version": 1,
             **{name: getattr(find(known), name) for name in _SETTINGS},
+            "lowerings": list(find(known).lowerings),
             "precisions": ["fp16", "fp32"],
             "prefill": {"tokens": span, "select": span, "capacity": span},
             "step": {"batch": span, "capacity": span},
@@ -346,7 +347,7 @@ def engine_target(folder: Path) -> Target:
 
 
 _SETTINGS = (
-    *("summary", "compiler", "version", "sm", "lowering", "opset"),
+    *("summary", "compiler", "version", "sm", "opset"),
     *("memory_mb", "workspace_mb", "optimization_level"),
 )
 

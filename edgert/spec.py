@@ -251,7 +251,8 @@ class Manifest:
     def states_of(self, variant: str) -> dict[str, StateSpec]:
         """The states as a variant keeps them."""
         other = self.variants[variant].state_dtypes
-        return self.states | {n: replace(self.states[n], dtype=d) for n, d in other.items()}
+        states = self.states.items()
+        return {n: replace(s, dtype=other[n]) if n in other else s for n, s in states}
 
     def kv_of(self, variant: str) -> str:
         """How a variant keeps keys and values, and whatever else grows: 'fp32' or 'int8'; more

@@ -79,12 +79,9 @@ class LoopForm:
     bundle: Bundle
 
     def write(self, folder: Path) -> Path:
-        """The file with its weights beside it: links where the file system can, else copies."""
+        """The file with its weights beside it: copies, since onnx reads no file of two names."""
         for file in map(self.bundle.path, self.data):
-            try:
-                (folder / file.name).hardlink_to(file)
-            except OSError:
-                shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, folder / file.name)
         path = folder / FILE
         path.write_bytes(self.model.SerializeToString())
         return path

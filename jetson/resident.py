@@ -118,7 +118,7 @@ class Resident:
             return self._solve(request) if "puzzles" in request else self._generate(request)
         except edgert.EdgertError as error:
             return {"error": error.what}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
 
     def _generate(self, request: dict[str, Any]) -> dict[str, Any]:

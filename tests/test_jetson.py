@@ -219,8 +219,9 @@ def test_the_resident_answers_and_tells_systemd(tiny_bundle, tmp_path):
         assert systemd.next() == "READY=1\nSTATUS=tiny is loaded"
         assert systemd.next() == systemd.next() == "WATCHDOG=1"
         request = {"ids": [3, 1, 4], "max_tokens": 8, "temperature": 1.0, "seed": 7}
-        first, second, wrong, broken, far = ask(
-            where, request, request, {"max_tokens": 3}, "no JSON", {"ids": [10**6]}
+        deep = "[" * 100_000
+        first, second, wrong, broken, deepest, far = ask(
+            where, request, request, {"max_tokens": 3}, "no JSON", deep, {"ids": [10**6]}
         )
         assert (
             first
@@ -229,6 +230,7 @@ def test_the_resident_answers_and_tells_systemd(tiny_bundle, tmp_path):
         )
         assert wrong == {"error": "a request has a prompt, ids or puzzles"}
         assert broken["error"].startswith("JSONDecodeError")
+        assert deepest["error"].startswith("RecursionError")
         assert "error" in far
         process.send_signal(signal.SIGTERM)
         assert systemd.after("WATCHDOG=1") == "STOPPING=1"

@@ -48,7 +48,7 @@ RUN_ZONE = (
     Line("state"),
     Line("tokenizer chat sampler stops backends vault tasks programs exits"),
     Line("bundle manifest wiring cache enginestore onnxfile files tensors workshop", together=True),
-    Line("rng spec progress machine halting beside"),
+    Line("rng spec progress machine halting beside child"),
     Line("errors _version"),
 )
 

@@ -11,6 +11,7 @@ shares with them.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgert.errors import Incompatible, OutOfMemory, UsageError
 
 Array = NDArray[np.generic]
 Slices = tuple[slice, ...]
@@ -49,7 +52,7 @@ class Buffer(ABC):
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return nbytes_of(self.dtype, self.shape)
 
     @property
     @abstractmethod
@@ -172,8 +175,6 @@ class HostBuffer(Buffer):
 
 def host_array(value: object, writes: bool) -> Array:
     """An array of the caller's that a CPU computes on, as it is. Raises as `Backend.borrow`."""
-    from edgert.errors import Incompatible, UsageError
-
     if not isinstance(value, np.ndarray):
         if hasattr(value, "__cuda_array_interface__"):
             raise Incompatible(
@@ -189,15 +190,23 @@ def host_array(value: object, writes: bool) -> Array:
     return value
 
 
+def nbytes_of(dtype: str | np.dtype[np.generic], shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def no_memory(dtype: str, shape: tuple[int, ...], where: str | None = None) -> OutOfMemory:
+    """The error for a tensor that cannot be allocated."""
+    return OutOfMemory(
+        f"cannot allocate {nbytes_of(dtype, shape) / 1e6:.0f} MB for a {dtype} tensor of shape "
+        f"{shape}",
+        where=where,
+        do="open the session with a smaller capacity or batch",
+    )
+
+
 def host_zeros(dtype: str, shape: tuple[int, ...]) -> Array:
     """Zeroed host memory. Raises OutOfMemory with the size that was asked for."""
-    from edgert.errors import OutOfMemory
-
     try:
         return np.zeros(shape, dtype)
     except (MemoryError, ValueError) as error:  # ValueError: beyond what numpy can address
-        size = np.dtype(dtype).itemsize * int(np.prod(shape, dtype=np.float64))
-        raise OutOfMemory(
-            f"cannot allocate {size / 1e6:.0f} MB for a {dtype} tensor of shape {shape}",
-            do="open the session with a smaller capacity or batch",
-        ) from error
+        raise no_memory(dtype, shape) from error

@@ -7,14 +7,11 @@ cache, and a first start after a boot takes as much longer as the disk needs for
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from edgert.errors import EdgertError
 
 CACHE_STATE = "cold process, files in page cache"
 STAGES = ("import", "load", "first_token")
@@ -61,33 +58,17 @@ def cold_start(
 
 
 def _start(job: str) -> dict[str, Any]:
-    import subprocess
+    from edgert.child import ask
 
-    home = str(Path(__file__).resolve().parents[2])  # where this edgert is, installed or not
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     begun = time.monotonic_ns()
-    try:
-        process = subprocess.run(
-            [sys.executable, "-m", "edgert.bench.cold"],
-            input=job,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        )
-        if process.returncode:
-            said = process.stderr.strip().splitlines()
-            raise EdgertError(
-                f"the fresh process of the cold start failed with exit code {process.returncode}",
-                where=said[-1] if said else sys.executable,
-                do="run edgert run on this bundle to see what is wrong",
-            )
-        stamps = json.loads(process.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise EdgertError(
-            f"the fresh process of the cold start did not end within {_TIMEOUT_S} s",
-            do="measure without it: --no-cold-start",
-        ) from error
+    stamps = ask(
+        "edgert.bench.cold",
+        job,
+        "the fresh process of the cold start",
+        _TIMEOUT_S,
+        failed="run edgert run on this bundle to see what is wrong",
+        late="measure without it: --no-cold-start",
+    )
     parts = ("import", "verify", "graphs", "tokenizer", "first_token")
     ends = [begun, *(int(stamps[part]) for part in parts)]
     found: dict[str, Any] = {

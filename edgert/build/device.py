@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgert.backends.tensorrt.opening import imported
+from edgert.backends.tensorrt.opening import imported, missing
 from edgert.build.target import Target
 from edgert.doctor.jetson import LIBCUDA
 from edgert.doctor.machine import Machine
@@ -35,13 +35,11 @@ def load_compiler(target: Target, machine: Machine | None = None) -> Any:
 def _missing(target: Target) -> MissingDependency:
     if target.compiler == "tensorrt_rtx":
         return MissingDependency("TensorRT-RTX", "rtx-check", why="it parses and compiles graphs")
-    error = MissingDependency("TensorRT", "tensorrt", why=f"it compiles for {target.summary}")
-    error.do = (
-        "on the Jetson: sudo apt install nvidia-jetpack, and make the environment with "
-        "--system-site-packages. Elsewhere: --dry-run shows the plan, --target rtx-check compiles "
-        "the graphs with TensorRT-RTX"
+    return missing(
+        f"it compiles for {target.summary}",
+        ". Elsewhere: --dry-run shows the plan, --target rtx-check compiles the graphs with "
+        "TensorRT-RTX",
     )
-    return error
 
 
 def _check_device(target: Target, machine: Machine) -> None:

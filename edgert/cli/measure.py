@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgert.cli.options import F, as_json, common, halt, option, placement, speculate
+from edgert.cli.options import F, as_json, common, halt, load_options, option, placement, speculate
 from edgert.cli.show import LABEL, TerminalReporter, hashing, progress_bar
 from edgert.progress import Advance
 
@@ -79,15 +79,7 @@ def bench(bundle: Path, **given: Any) -> None:
         halt=given["halt"],
         speculate=given["speculate"] or "off",
     )
-    chosen = Placement(
-        given["device"],
-        given["precision"],
-        given["lowering"],
-        given["variant"],
-        given["threads"],
-        not given["low_memory"],
-        given["kv"],
-    )
+    chosen = Placement(**load_options(given))
     expected = _expected(given["reference"], plan) if given["reference"] else None
     manifest = read_manifest(bundle)
     if manifest.solves:

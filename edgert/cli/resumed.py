@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgert.cli.options import load_options
 from edgert.cli.show import hashing, note
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def resumed_solving(
 
 def _placed(given: dict[str, Any]) -> dict[str, Any]:
     """The options of `placement` for what goes on: unset ones stay as they were."""
-    same = {name: given[name] for name in ("device", "precision", "kv", "lowering", "variant")}
-    threads, prepack = given["threads"] or None, False if given["low_memory"] else None
-    return same | {"threads": threads, "prepack": prepack}
+    chosen = load_options(given)
+    prepack = None if chosen["prepack"] else False
+    return chosen | {"threads": chosen["threads"] or None, "prepack": prepack}
 
 
 def _tell(notes: tuple[str, ...], given: dict[str, Any]) -> None:

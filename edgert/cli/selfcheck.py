@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgert.cli.measure import QuietWhileTiming
-from edgert.cli.options import BUNDLE, FILE, as_json, common, option, placement
+from edgert.cli.options import BUNDLE, FILE, as_json, common, load_options, option, placement
 from edgert.cli.show import hashing, note
 
 if TYPE_CHECKING:
@@ -46,16 +46,10 @@ def selfcheck(bundle: Path, **given: Any) -> None:
     with hashing(total, quiet=given["quiet"]) as advance:
         report = check(
             bundle,
-            device_name=given["device"],
-            variant=given["variant"],
-            precision=given["precision"],
-            lowering=given["lowering"],
-            kv=given["kv"],
-            threads=given["threads"],
-            prepack=not given["low_memory"],
             expect=given["expect"],
             reporter=QuietWhileTiming(given["quiet"]),
             hashed=advance,
+            **load_options(given),
         )
     text = dumps(report.to_json())
     if given["output"] is not None:

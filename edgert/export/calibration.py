@@ -13,6 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from edgert.export.methods import Moments
 
+Ids = NDArray[np.int64]
+Run = Callable[[Ids], torch.Tensor]
+"""Ids [T] -> logits [T, V], in eager torch."""
+
 
 class Watch(TorchFunctionMode):
     """Sees every product of an activation with a parameter, whoever computes it.
@@ -78,8 +82,8 @@ class _Moments(Watch):
 
 def moments(
     module: torch.nn.Module,
-    run: Callable[[NDArray[np.int64]], object],
-    windows: Iterable[NDArray[np.int64]],
+    run: Callable[[Ids], object],
+    windows: Iterable[Ids],
 ) -> dict[str, Moments]:
     """By parameter, the mean of x x^T over the inputs x of its linear map on windows of ids [T].
 

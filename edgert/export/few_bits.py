@@ -12,7 +12,7 @@ import torch
 from edgert.bundle import Bundle
 from edgert.errors import UnsupportedModel
 from edgert.export import accuracy
-from edgert.export.calibration import moments
+from edgert.export.calibration import Run, moments
 from edgert.export.methods import Moments
 from edgert.export.mixed import widen
 from edgert.export.nbits import CALIBRATED, Scheme
@@ -117,8 +117,7 @@ class _Texts:
             return moments(self._program.weights, read, windows)
 
 
-def _eager(program: Program) -> Callable[[accuracy.Ids], torch.Tensor]:
-    """Ids [T] -> logits [T, V], with gradients."""
+def _eager(program: Program) -> Run:
     model = cast(Scorer, program.weights)
     return lambda ids: model(torch.from_numpy(ids[None]), model.eager(len(ids)))[0]
 

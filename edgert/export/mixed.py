@@ -11,7 +11,7 @@ how many  as few as hold the budget on text apart from what accuracy is measured
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgert.evaluate import cross_entropy
-from edgert.export.calibration import Watch, frozen
+from edgert.export.calibration import Ids, Run, Watch, frozen
 from edgert.export.quantize import Quantizer
-
-Ids = NDArray[np.int64]
-Run = Callable[[Ids], torch.Tensor]
-"""Ids [T] -> logits [T, V], in eager torch."""
 
 MARGIN = 0.8
 """Of what the budget allows: the text it is held on is another one, and activations are rounded
@@ -94,8 +90,9 @@ def widen(
             found = [cross_entropy(run(ids).numpy()[:-1], ids[1:]) for ids in windows]
         return np.concatenate(found)
 
-    quantizer.prepare_for(run, windows[0])
-    truth = losses()
+    with Watch(quantizer.module) as watch:
+        truth = losses()
+    quantizer.prepare(watch.maps, watch.heads)
 
     def ratio() -> float:
         with quantizer.applied():

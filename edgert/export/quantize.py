@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from edgert.export.calibration import Watch
+from edgert.export.calibration import Ids, Watch
 from edgert.export.initializers import digest, initializer
 from edgert.export.methods import METHODS, Moments
 from edgert.export.nbits import CALIBRATED, Floats, Quantized, Scheme
@@ -31,8 +31,6 @@ from edgert.spec import Lowering
 
 LEAST = 4096
 """Elements of the smallest matrix that is worth it."""
-
-Ids = NDArray[np.int64]
 
 _DOMAIN = "com.microsoft"
 

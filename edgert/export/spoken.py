@@ -11,13 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgert.backends.ort import OrtBackend
 from edgert.bundle import Bundle
+from edgert.export.calibration import Ids
 from edgert.runner import Runner
-
-Ids = NDArray[np.int64]
 
 WINDOW = 256
 ROWS = 24
@@ -37,10 +35,11 @@ def spoken(
     backend = OrtBackend()
     try:
         runner = Runner(bundle, variant, backend)
+        execution = runner.open(batch=ROWS, tokens=length)
+        io = execution.io()
+        io.select[:] = 0
         for _ in range(ROUNDS):
-            execution = runner.open(batch=ROWS, tokens=length)
-            io = execution.io()
-            io.select[:] = 0
+            execution.reset()
             ids = np.empty((ROWS, length), np.int64)
             ids[:, 0] = generator.integers(vocabulary, size=ROWS)
             for place in range(length - 1):

@@ -12,16 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from edgert.export.calibration import frozen
+from edgert.export.calibration import Ids, Run, frozen
 from edgert.export.quantize import Quantizer
-
-Ids = NDArray[np.int64]
-Run = Callable[[Ids], torch.Tensor]
-"""Ids [T] -> logits [T, V], in eager torch."""
 
 RATE = 2e-3
 """Of Adam, in nats of a scale: it rises over the first `WARM` windows, and falls to 0."""
@@ -37,13 +31,12 @@ class _Tuned:
         self.parameter = quantizer.module.get_parameter(name)
         self.truth = self.parameter.data
         self.transposed, quantized = quantizer.made[name]
-        self.codes = torch.from_numpy(quantized.signed())  # int8 or int16 [N, blocks, block]
+        self.codes = torch.from_numpy(quantized.signed())  # [N, blocks, block]
         self.scales = torch.from_numpy(quantized.scales)
         self.u = torch.zeros_like(self.scales, requires_grad=True)
 
     def put(self) -> None:
-        values = self.codes * self.now()[..., None]
-        values = values.flatten(1)
+        values = (self.codes * self.now()[..., None]).flatten(1)
         self.parameter.data = (values.T if self.transposed else values).contiguous()
 
     def now(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ from edgert._version import __version__
 from edgert.bundle import Bundle, list_files, seal, write_manifest
 from edgert.errors import MissingDependency, UnsupportedModel, UsageError
 from edgert.export.accuracy import REPORT as ACCURACY
+from edgert.export.calibration import Ids
 from edgert.export.check import check_bundle, too_old
 from edgert.export.comparison import Verdict
 from edgert.export.few_bits import accuracy_of, quantizers_of
@@ -27,7 +28,7 @@ from edgert.export.half import Halver
 from edgert.export.kv_int8 import Int8KV, calibrated
 from edgert.export.nbits import SCHEMES, Scheme, scheme_of
 from edgert.export.rewriter import Rewriter
-from edgert.export.spoken import ROUNDS, Ids, spoken
+from edgert.export.spoken import ROUNDS, spoken
 from edgert.export.task import task_of
 from edgert.export.trace import trace
 from edgert.export.weights import WeightsFile, check_weights, strip
@@ -121,6 +122,10 @@ def _parts(names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in names.split(",")))
 
 
+Traces = dict[str, ir.Model]
+"""Graphs of a program as they were traced, by name, form and lowering."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """The published bundle, and what its gate measured."""
@@ -144,11 +149,12 @@ def export_bundle(
     program = program_of(source.model)
     source = replace(source, task=task_of(program, options.task, source.task, reporter))
     lowerings = _feasible(program, options.lowerings, reporter)
-    said = partial(_said, program, source, out, reporter)
+    traces: Traces = {}
+    said = partial(_said, program, source, out, traces, reporter)
     rewriters = _rewriters(program, source, options, lowerings, said, reporter)
     kv = calibrated(program, source, lowerings, reporter) if "int8" in options.kvs else None
     with workshop(out) as work:
-        variants = _write_graphs(work, program, options, lowerings, rewriters, kv, reporter)
+        variants = _write_graphs(work, program, options, lowerings, rewriters, kv, traces, reporter)
         manifest = _manifest(work, program, source, options, variants)
         _write_sealed(work, manifest)
         verdict = check_bundle(work, program, rewriters, reporter, kv)
@@ -181,11 +187,13 @@ def _rewriters(
     return found
 
 
-def _said(program: Program, source: Imported, out: Path, reporter: Reporter) -> list[Ids]:
+def _said(
+    program: Program, source: Imported, out: Path, traces: Traces, reporter: Reporter
+) -> list[Ids]:
     """What the model says in fp32, by a bundle that is made for this alone."""
     options = ExportOptions(lowerings=("ort",))
     with workshop(out) as work:
-        variants = _write_graphs(work, program, options, ("ort",), {}, None, reporter)
+        variants = _write_graphs(work, program, options, ("ort",), {}, None, traces, reporter)
         _write_sealed(work, _manifest(work, program, source, options, variants))
         with reporter.stage("asking", "what the model says by itself", ROUNDS) as advance:
             return spoken(work, next(iter(variants)), advance)
@@ -216,12 +224,13 @@ def _write_graphs(
     lowerings: tuple[Lowering, ...],
     rewriters: Mapping[str, Rewriter],
     kv: Int8KV | None,
+    traces: Traces,
     reporter: Reporter,
 ) -> dict[str, VariantSpec]:
     """Every graph in every lowering, over one weights file for each precision.
 
-    A graph is traced once. A precision that is made by rewriting has one lowering, and keys and
-    values in int8 are the `ort` lowering's alone.
+    A graph is traced once, and kept in `traces`. A precision that is made by rewriting has
+    lowerings of its own, and keys and values in int8 are the `ort` lowering's alone.
     """
     variants: dict[str, VariantSpec] = {}
     forms = {"": program.graphs}
@@ -247,11 +256,12 @@ def _write_graphs(
                 opsets: dict[str, dict[str, int]] = {name: {} for name in wanted}
                 for graph in graphs if wanted else ():
                     where = f"{graph.name}{form} ({lowering})"
-                    with reporter.stage("tracing", where):
-                        traced = trace(program, graph, lowering)
-                    check_weights(traced, program.weights, where)
+                    if where not in traces:
+                        with reporter.stage("tracing", where):
+                            traces[where] = trace(program, graph, lowering)
+                        check_weights(traces[where], program.weights, where)
                     for name, (precision, kept) in wanted.items():
-                        model = traced.clone()
+                        model = traces[where].clone()
                         if precision in rewriters:
                             rewriter = rewriters[precision]
                             with reporter.stage("rounding", f"{where} to {name}"):

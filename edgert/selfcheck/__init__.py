@@ -24,7 +24,7 @@ from edgert.progress import Reporter
 from edgert.selfcheck.expected import expected, read_report
 from edgert.selfcheck.halting import halting
 from edgert.selfcheck.parity import parity
-from edgert.selfcheck.report import Check, Report, device
+from edgert.selfcheck.report import Check, Report, this_device
 from edgert.selfcheck.sessions import session_round_trip
 from edgert.selfcheck.speed import latency
 from edgert.selfcheck.subject import Subject, inputs_of
@@ -35,7 +35,7 @@ __all__ = ["Check", "Report", "selfcheck"]
 def selfcheck(
     path: Path,
     *,
-    device_name: str = "auto",
+    device: str = "auto",
     variant: str | None = None,
     precision: str | None = None,
     lowering: str | None = None,
@@ -58,10 +58,10 @@ def selfcheck(
     reporter = reporter or Reporter()
     bundle = Bundle.open(path, True, hashed)
     manifest = bundle.manifest
-    chosen = choose_variant(manifest, device_name, precision, lowering, variant, kv)
+    chosen = choose_variant(manifest, device, precision, lowering, variant, kv)
     there = read_report(expect, manifest.model_id) if expect else None
     inputs = inputs_of(bundle)
-    subject = Subject(path, bundle, device_name, threads, prepack, chosen, inputs)
+    subject = Subject(path, bundle, device, threads, prepack, chosen, inputs)
     total = sum(entry.bytes for entry in manifest.files.values())
     checks = [Check("files", "ok", f"{len(manifest.files)} files, every hash", {"bytes": total})]
 
@@ -96,7 +96,7 @@ def selfcheck(
         "chosen": chosen,
         "parameters": manifest.parameters,
     }
-    return Report(about, device(), tuple(checks), answers)
+    return Report(about, this_device(), tuple(checks), answers)
 
 
 def _answers(checks: list[Check]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _steps(model: Model, subject: Subject, policy: str, batch: int = 32) -> dict
 
 
 def _different(mine: dict[str, Any], theirs: dict[str, Any], variant: str, other: str) -> list[str]:
-    """By policy, the first place where iterations differ; of puzzles also where answers do."""
+    """By policy, the first place where iterations differ."""
     found = []
     for policy, steps in mine.items():
         for index, (a, b) in enumerate(

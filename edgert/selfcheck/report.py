@@ -74,7 +74,7 @@ SHOWN = ("onnxruntime", "CUDA driver", "TensorRT", "Jetson", "JetPack", "power m
 """Rows of the doctor that say what ran; others hold paths, which are nobody's business."""
 
 
-def device() -> dict[str, Any]:
+def this_device() -> dict[str, Any]:
     """The machine, without a name or path that is its owner's."""
     from edgert.doctor import examine
 

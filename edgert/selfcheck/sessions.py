@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from edgert.errors import EdgertError
+from edgert.child import ask
 from edgert.sampler import SamplingParams
 from edgert.selfcheck.report import Check, verdict
 from edgert.selfcheck.subject import Subject
@@ -56,36 +55,14 @@ def params(tokens: int) -> SamplingParams:
 
 def fresh_process(subject: Subject, file: Path) -> list[Any]:
     """What it makes of the rest. Raises EdgertError with what it said if it failed."""
-    import subprocess
-
-    home = str(Path(__file__).resolve().parents[2])  # where this edgert is, installed or not
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     job = {
         "file": str(file),
         "bundle": str(subject.path),
         "solves": subject.solves,
         "device": subject.device,
     }
-    try:
-        process = subprocess.run(
-            [sys.executable, "-m", "edgert.selfcheck.sessions"],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EdgertError(
-            f"the process that resumes the session did not end within {_TIMEOUT_S} s"
-        ) from error
-    if process.returncode:
-        said = process.stderr.strip().splitlines()
-        raise EdgertError(
-            f"the process that resumes the session failed with exit code {process.returncode}",
-            where=said[-1] if said else None,
-        )
-    return list(json.loads(process.stdout))
+    what = "the process that resumes the session"
+    return list(ask("edgert.selfcheck.sessions", json.dumps(job), what, _TIMEOUT_S))
 
 
 def child() -> None:

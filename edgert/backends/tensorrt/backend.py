@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from edgert.backends.base import Backend, Buffer, GraphSource, LoadedGraph
+from edgert.backends.base import (
+    Backend,
+    Buffer,
+    GraphSource,
+    LoadedGraph,
+    nbytes_of,
+    no_memory,
+)
 from edgert.backends.tensorrt.arrays import device_array
 from edgert.backends.tensorrt.binding import EngineBinding
 from edgert.backends.tensorrt.buffers import DeviceBuffer, Foreign, Storage
 from edgert.backends.tensorrt.cuda import Cuda
 from edgert.backends.tensorrt.device import Device, Rank
 from edgert.backends.tensorrt.engine import Engine, load_engine, open_runtime
-from edgert.backends.tensorrt.memory import nbytes_of
 from edgert.enginestore import Stored, engines_folder, read_engine, stored_engines
 from edgert.errors import Incompatible, OutOfMemory, UsageError
 
@@ -118,12 +123,7 @@ class TensorRTBackend(Backend):
         try:
             storage = Storage(self.device, nbytes_of(kind, shape), shared=shared)
         except OutOfMemory as error:
-            size = kind.itemsize * math.prod(shape)
-            raise OutOfMemory(
-                f"cannot allocate {size / 1e6:.0f} MB for a {dtype} tensor of shape {shape}",
-                where=error.where,
-                do="open the session with a smaller capacity or batch",
-            ) from error
+            raise no_memory(dtype, shape, error.where) from error
         return DeviceBuffer(self.device, storage, kind, shape)
 
     def borrow(self, value: object, *, writes: bool = False) -> DeviceBuffer:

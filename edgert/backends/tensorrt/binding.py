@@ -17,7 +17,7 @@ from typing import Any
 from edgert.backends.base import Binding
 from edgert.backends.tensorrt.buffers import DeviceBuffer, Foreign
 from edgert.backends.tensorrt.device import Device, Memory, Rank
-from edgert.backends.tensorrt.engine import Engine, execute, give_scratch, new_context
+from edgert.backends.tensorrt.engine import Engine, execute, give_scratch, new_context, within
 from edgert.backends.tensorrt.rectangles import part
 from edgert.errors import DeviceFailed, Incompatible, UsageError
 
@@ -241,10 +241,9 @@ def _no_profile(engine: Engine, shapes: Mapping[str, tuple[int, ...]], hint: str
     """Name an input that no shape profile takes, or one that some profile does not."""
     lines = []
     for at, profile in enumerate(engine.profiles):
-        for name, (low, _, high) in profile.items():
-            shape = shapes[name]
-            if not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
-                sizes = ("x".join(map(str, s)) for s in (shape, low, high))
+        for name, limits in profile.items():
+            if not within(shapes[name], limits):
+                sizes = ("x".join(map(str, s)) for s in (shapes[name], limits[0], limits[2]))
                 lines.append("shape profile {}: {} is {}, of {} to {}".format(at, name, *sizes))
                 break
     return Incompatible(

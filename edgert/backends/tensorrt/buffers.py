@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.backends.base import Array, Buffer, Slices
+from edgert.backends.base import Array, Buffer, Slices, nbytes_of
 from edgert.backends.tensorrt.arrays import DeviceArray
 from edgert.backends.tensorrt.device import Device, Memory, SharedMemory
-from edgert.backends.tensorrt.memory import ALIGNMENT, nbytes_of
+from edgert.backends.tensorrt.memory import ALIGNMENT
 from edgert.backends.tensorrt.rectangles import part
 from edgert.errors import EdgertError, Incompatible
 

@@ -58,7 +58,7 @@ class Engine:
         fitting = [
             (self._distance(profile, shapes), at)
             for at, profile in enumerate(self.profiles)
-            if all(_within(shapes[name], limits) for name, limits in profile.items())
+            if all(within(shapes[name], limits) for name, limits in profile.items())
         ]
         return min(fitting)[1] if fitting else None
 
@@ -74,7 +74,8 @@ class Engine:
         )
 
 
-def _within(shape: Shape, limits: tuple[Shape, Shape, Shape]) -> bool:
+def within(shape: Shape, limits: tuple[Shape, Shape, Shape]) -> bool:
+    """Whether a shape profile's smallest and largest shape leave room for this one."""
     low, _, high = limits
     return len(shape) == len(low) and all(
         least <= size <= most for least, size, most in zip(low, shape, high, strict=True)

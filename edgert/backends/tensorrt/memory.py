@@ -18,8 +18,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
+from edgert.backends.base import nbytes_of
 from edgert.spec import GraphSpec, Manifest, StateSpec, TensorSpec, endpoints, resolve
 
 ALIGNMENT = 256
@@ -32,10 +31,6 @@ Place = Literal["device", "shared"]
 def aligned(nbytes: int) -> int:
     """What is reserved for so many bytes: a multiple of the alignment, never nothing."""
     return max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
-
-
-def nbytes_of(dtype: str | np.dtype[np.generic], shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,7 @@ def check_device(cuda: Cuda) -> None:
 def load_tensorrt() -> Any:
     """The module, of a version that edgert knows."""
     if find_spec("tensorrt") is None:
-        error = MissingDependency("TensorRT", "tensorrt", why="it runs engines on the GPU")
-        error.do = (
-            "on the Jetson: sudo apt install nvidia-jetpack, and make the environment with "
-            "--system-site-packages"
-        )
-        raise error
+        raise missing("it runs engines on the GPU")
     trt = imported("tensorrt")
     version = str(trt.__version__)
     if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
@@ -64,6 +59,16 @@ def load_tensorrt() -> Any:
             do="update to JetPack 6.1 or newer",
         )
     return trt
+
+
+def missing(why: str, otherwise: str = "") -> MissingDependency:
+    """TensorRT comes with JetPack, not from pip. `otherwise`: what to do elsewhere."""
+    error = MissingDependency("TensorRT", "tensorrt", why=why)
+    error.do = (
+        "on the Jetson: sudo apt install nvidia-jetpack, and make the environment with "
+        f"--system-site-packages{otherwise}"
+    )
+    return error
 
 
 def imported(name: str) -> Any:

@@ -271,3 +271,14 @@ def test_the_plan_has_the_loop_instead_of_its_parts(half_looped, tmp_path):
     assert {p.name for p in graph.profiles} == {"prefill", "step"}
     assert len(graph.sha256) == 2
     assert json.dumps(plan.to_json())
+
+
+def test_modern_graphs_have_no_loop_form(half_looped, tmp_path):
+    """TensorRT parses an attention layer inside a loop and then fails to compile it: refused before
+    that, and a target that prefers modern graphs takes portable ones for this."""
+    bundle, target = Bundle.open(half_looped, verify=False), find("thor-jp7")
+    assert plan_build(bundle, target).variant.endswith("modern")
+    plan = plan_build(bundle, target, loop_form=tmp_path)
+    assert plan.variant.endswith("portable")
+    with pytest.raises(UnsupportedModel, match="attention layers inside a loop"):
+        plan_build(bundle, target, loop_form=tmp_path, lowering="modern")

@@ -168,6 +168,8 @@ def plan_build(
     takes), UnsupportedModel (operators, naming nodes; no loop), OutOfMemory (naming the largest
     states).
     """
+    if loop_form is not None:
+        lowering = _loop_lowering(lowering)
     name = choose(bundle.manifest, target, precision, lowering)
     variant = bundle.manifest.variants[name]
     manifest = replace(bundle.manifest, states=bundle.manifest.states_of(name))
@@ -200,6 +202,17 @@ def plan_build(
     )
     check_memory(plan, manifest)
     return plan
+
+
+def _loop_lowering(given: str | None) -> str:
+    """TensorRT parses its attention layer inside a loop, and does not compile it there."""
+    if given not in (None, "portable"):
+        raise UnsupportedModel(
+            f"the loop form of {given} graphs has attention layers inside a loop, which TensorRT "
+            "does not compile",
+            do="leave --lowering away: the loop form is made of portable graphs",
+        )
+    return "portable"
 
 
 def choose(

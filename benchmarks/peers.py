@@ -26,7 +26,7 @@ from peers_goals import ACCEPTED, MET
 from peers_page import goal_threads, page, show, summary
 from peers_report import REFERENCE, Work
 from peers_rounds import Plan, Results, Rounds
-from runtimes.setups import PEERS, Side, export_bundle, set_up
+from runtimes.setups import PEERS, Bundles, Side, export_bundle, set_up
 from runtimes.workshop import Workshop
 
 from edgert.bundle import Bundle
@@ -38,6 +38,8 @@ from edgert.tokenizer import load_tokenizer
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 WINDOW = 512
+LEAN = "edgert-int4-lean"
+LEAN_RECIPE = ROOT / "export" / "smollm2-135m-lean.toml"
 PICTURED = {"prompt": 256, "depth": 512}
 
 
@@ -58,8 +60,9 @@ def thread_counts(text: str) -> tuple[int, ...]:
 
 def side_names(asked: str | None, precisions: list[str]) -> list[str]:
     """The sides to compare, edgert's first. Raises UsageError for one that there is not."""
-    known = [*(f"edgert-{precision}" for precision in precisions), *PEERS]
-    mapped = [f"{name}-mapped" for name in known if name.startswith("edgert-")]
+    ours = [f"edgert-{precision}" for precision in precisions]
+    known = [*ours, *([LEAN] if "int4" in precisions else []), *PEERS]
+    mapped = [f"{name}-mapped" for name in ours]
     names = known if asked is None else asked.split(",")
     unknown = [name for name in names if name not in (*known, *mapped)]
     if unknown or len(set(names)) != len(names):
@@ -101,17 +104,21 @@ def machine() -> dict[str, Any]:
 
 
 def set_up_all(
-    shop: Workshop, names: list[str], bundle: Path
+    shop: Workshop, names: list[str], bundles: Bundles
 ) -> tuple[dict[str, Side], dict[str, str]]:
     """Sides, and why others are not to be had."""
     sides, missing = {}, {}
     for name in names:
         try:
-            sides[name] = set_up(shop, name, bundle)
+            sides[name] = set_up(shop, name, bundles)
         except (EdgertError, OSError) as error:
             missing[name] = str(error)
             note(f"{name} is left out: {error}")
     return sides, missing
+
+
+def manifest_hash(bundle: Path) -> str:
+    return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
 
 
 def write(path: Path, text: str) -> None:
@@ -131,6 +138,11 @@ def write(path: Path, text: str) -> None:
     type=click.Path(exists=True, path_type=Path),
     default=ROOT / "export" / "smollm2-135m-instruct.toml",
     help="What is exported, or --bundle was (default: the recipe of SmolLM2-135M-Instruct).",
+)
+@click.option(
+    "--lean",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help=f"The bundle of {LEAN} (default: its recipe's, exported into the cache).",
 )
 @click.option("--threads", default="1,2", show_default=True, metavar="LIST")
 @click.option("--rounds", type=click.IntRange(1, 1000), default=5, show_default=True)
@@ -167,6 +179,7 @@ def main(
     precision: str,
     bundle: Path | None,
     source: Path,
+    lean: Path | None,
     threads: str,
     rounds: int,
     repeats: int,
@@ -185,17 +198,19 @@ def main(
         names = side_names(sides, precision.split(","))
         counts, work, cache = thread_counts(threads), Work(), cache.resolve()
         bundle = (bundle or export_bundle(cache, source, precision, note)).resolve()
+        if LEAN in names:
+            lean = (lean or export_bundle(cache, LEAN_RECIPE, None, note)).resolve()
         opened = Bundle.open(bundle, True)
         ids = text_ids(opened, text.read_text(encoding="utf-8"), work.capacity())
         shop = Workshop(cache, source, opened.manifest.weights_id, note)
         scored = names if REFERENCE in names else [*names, REFERENCE]
-        ready, missing = set_up_all(shop, scored, bundle)
+        ready, missing = set_up_all(shop, scored, Bundles(bundle, lean))
         if not any(name in ready for name in names):
             raise EdgertError("no side could be set up", do="see the reasons above")
         plan = Plan(ids, work, WINDOW, counts, rounds, repeats, attempts, patience)
-        about = {
+        about: dict[str, Any] = {
             "machine": machine(),
-            "manifest": hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest(),
+            "manifests": [manifest_hash(path) for path in (bundle, lean) if path],
             "ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
             "plan": {"work": asdict(work), "window": WINDOW, "repeats": repeats},
             "sides": {name: side.facts() for name, side in ready.items()},

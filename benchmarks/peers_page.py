@@ -27,7 +27,7 @@ def columns(work: Work) -> list[str]:
 
 def rows(table: Mapping[int, Mapping[str, Summary]], work: Work) -> list[list[str]]:
     """A row for each side at each thread count. Beside a peer's speed: how many times as fast
-    edgert's side of as many bits is."""
+    edgert's side is that it is compared with."""
 
     def beside(text: str, side: Summary, key: str) -> str:
         return f"{text} ({side.over[key]:.2f}x)" if key in side.over else text
@@ -114,7 +114,7 @@ def summary(
         table[threads] = {}
         for name, facts in valid.items():
             speed = limits[threads].get(facts["weight_bytes"])
-            found = speed and summarise(rounds, valid, name, plan.work, speed)
+            found = speed and summarise(rounds, valid, name, plan.work, speed, scores)
             if found:
                 table[threads][name] = found
     precisions = [name.partition("-")[2] for name in sides if name.startswith("edgert-")]
@@ -137,6 +137,15 @@ def sentences(r: Report) -> list[str]:
                 f"{threads} threads read memory at {speeds[MEMORY_SIZE]:.1f} GB/s; {some} again and"
                 " again"
             )
+    compared = {
+        name: side.beside
+        for sides in r.table.values()
+        for name, side in sides.items()
+        if side.beside
+    }
+    for ours in dict.fromkeys(compared.values()):
+        theirs = ", ".join(name for name, side in compared.items() if side == ours)
+        found.append(f"in brackets, {ours} beside: {theirs}")
     used = [side.rounds for sides in r.table.values() for side in sides.values()]
     if used:
         found.append(f"medians of {min(used)} to {max(used)} rounds")

@@ -64,9 +64,16 @@ def bits_of(sides: Mapping[str, Any], name: str) -> int:
     return int(sides[name]["bits"])
 
 
-def counterpart(sides: Mapping[str, Any], name: str) -> str | None:
-    """edgert's side of as many bits: the first one named."""
-    return next((n for n in sides if n.startswith(f"{OURS}-") and same_bits(sides, n, name)), None)
+def counterpart(
+    sides: Mapping[str, Any], name: str, scores: Mapping[str, Perplexity] | None = None
+) -> str | None:
+    """edgert's side of as many bits that a side is compared with: of those whose perplexity is no
+    higher, the one that reads the fewest bytes a step; the first one named where there is none."""
+    ours = [n for n in sides if n.startswith(f"{OURS}-") and same_bits(sides, n, name)]
+    scores = scores or {}
+    as_true = [n for n in ours if name in scores and n in scores]
+    as_true = [n for n in as_true if scores[n].ratio <= scores[name].ratio]
+    return min(as_true or ours[:1], key=lambda n: sides[n]["weight_bytes"], default=None)
 
 
 def same_bits(sides: Mapping[str, Any], a: str, b: str) -> bool:
@@ -220,7 +227,8 @@ def chosen(rounds: Sequence[Round], names: Iterable[str]) -> tuple[list[Round], 
 @dataclass(frozen=True)
 class Summary:
     """One side at one thread count: medians over rounds. `over` has the same keys as the speeds:
-    how many times as fast edgert's side is; empty for edgert, and where it has no such side."""
+    how many times as fast edgert's side `beside` it is; empty for edgert, and where it has no such
+    side."""
 
     prefill: dict[int, float]  # prompt -> tokens/s
     step_ms: dict[int, float]  # depth -> median step
@@ -232,6 +240,7 @@ class Summary:
     over: dict[str, float]  # 'prefill 256', 'decode 512', 'cold'
     rounds: int
     quiet: bool
+    beside: str | None = None
 
     def tokens(self, depth: int) -> float:
         """Decode, tokens a second."""
@@ -264,6 +273,7 @@ def summarise(
     name: str,
     work: Work,
     gb_per_s: float,
+    scores: Mapping[str, Perplexity] | None = None,
 ) -> Summary | None:
     """Rounds -> medians of a side; None if no round holds it.
 
@@ -273,9 +283,9 @@ def summarise(
     if not kept:
         return None
     answers = [r[name] for r in kept]
-    ours = counterpart(sides, name)
+    ours = None if name.startswith(f"{OURS}-") else counterpart(sides, name, scores)
     over = {}
-    if ours is not None and not name.startswith(f"{OURS}-"):
+    if ours is not None:
         pairs, sure = chosen(rounds, [name, ours])
         quiet &= sure
         for key, speed in speeds(work).items() if pairs else ():

@@ -247,6 +247,23 @@ def test_ratios_are_paired_within_a_round():
     assert summarise(rounds, SIDES, "edgert-int4", work_of_tests(), 20.0).over == {}
 
 
+def test_a_peer_is_compared_with_the_side_that_loses_no_more_than_it_does():
+    """Of edgert's sides of as many bits whose perplexity is no higher, the one with the fewest
+    bytes; the first one where the peer is truer than all of them, or nothing is known of it."""
+    from peers_report import counterpart, perplexity
+
+    lean = SIDES["edgert-int4"] | {"weight_bytes": 6 * 10**7}
+    sides = SIDES | {"edgert-int4-lean": lean}
+    costs = {"edgert-int4": 1.03, "edgert-int4-lean": 1.13, "genai-int4": 1.2, "llama-q4_0": 1.1}
+    scores = {name: perplexity([cost], [1.0]) for name, cost in costs.items()}
+    assert counterpart(sides, "genai-int4", scores) == "edgert-int4-lean"
+    assert counterpart(sides, "llama-q4_0", scores) == "edgert-int4"
+    assert counterpart(sides, "genai-int4") == "edgert-int4"
+    scores["llama-q4_0"] = perplexity([1.0], [1.0])
+    assert counterpart(sides, "llama-q4_0", scores) == "edgert-int4"
+    assert counterpart({"genai-int4": lean}, "genai-int4", scores) is None
+
+
 def test_a_side_no_round_holds_has_no_summary():
     """Nothing is made up for a side that failed."""
     from peers_report import summarise

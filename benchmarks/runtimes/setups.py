@@ -2,6 +2,8 @@
 
 edgert-<precision>                  as `edgert export` makes it; with `-mapped` behind it,
                                         weights stay in the mapped file
+edgert-int4-lean                    of the recipe with the fewest bytes: no matrix in 8 bits,
+                                        keys and values in int8
 genai-{fp32,int8,int4}              ONNX Runtime GenAI, by its own builder with its defaults
 llama-{f32,q8_0,q4_0,q4_1}          llama.cpp compiled for this processor, by its own quantizer
 openvino-{int8,int4}                OpenVINO GenAI, from llama.cpp's Q8_0 and Q4_0
@@ -23,6 +25,7 @@ from edgert.bundle import Bundle
 from edgert.errors import EdgertError, UsageError
 from edgert.export.write import weights_id
 from edgert.machine import instruction_set
+from edgert.model import choose_variant
 from edgert.models.importers import load_source
 from runtimes.weights import (
     gguf_bytes,
@@ -42,6 +45,17 @@ GENAI_MIXED = "k_quant_mixed"
 CMAKE = ("GGML_NATIVE=ON", "LLAVA_BUILD=OFF", "LLAMA_BUILD_TOOLS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
 CMAKE += ("LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_SERVER=OFF", "LLAMA_OPENSSL=OFF")
 JOBS = 2
+
+
+PROFILES = ("", "mapped", "lean")
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """ladder: every precision that is asked for. lean: the fewest bytes; None if not asked for."""
+
+    ladder: Path
+    lean: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -67,30 +81,40 @@ class Side:
         return {key: getattr(self, key) for key in kept}
 
 
-def edgert(shop: Workshop, variant: str, bundle: Path) -> Side:
+def edgert(shop: Workshop, variant: str, bundles: Bundles) -> Side:
     precision, _, profile = variant.partition("-")
-    if profile not in ("", "mapped"):
-        raise UsageError(f"edgert-{variant}: {profile!r} is no profile", do="'mapped', or none")
+    if profile not in PROFILES:
+        raise UsageError(
+            f"edgert-{variant}: {profile!r} is no profile", do="'mapped', 'lean', or none"
+        )
+    bundle = bundles.lean if profile == "lean" else bundles.ladder
+    assert bundle is not None, "made where its side is asked for"
     manifest = Bundle.open(bundle, False).manifest
-    chosen = [v for v in manifest.variants.values() if v.precision == precision]
-    if not chosen:
-        raise UsageError(f"the bundle has no variant in {precision}", where=str(bundle))
-    files = {graph.file for graph in next(v for v in chosen if v.lowering == "ort").graphs.values()}
+    if manifest.weights_id != shop.expected:
+        raise UsageError("the bundle holds other weights than its neighbour", where=str(bundle))
+    try:
+        name = choose_variant(manifest, "cpu", precision, "ort")
+    except EdgertError as error:
+        raise UsageError(f"no variant in {precision}: {error}", where=str(bundle)) from error
+    files = {graph.file for graph in manifest.variants[name].graphs.values()}
     orders = {"model": str(bundle), "precision": precision, "prepack": profile != "mapped"}
     return Side(
         name=f"edgert-{variant}",
         bits=int("".join(c for c in precision if c.isdigit())),
         about=f"edgert {version('edgert')}, ONNX Runtime {version('onnxruntime')}",
         weight_bytes=sum(onnx_bytes(bundle / file) for file in files),
-        kv_bytes=4 * kv_values(shop.config),
+        kv_bytes=(1 if manifest.kv_of(name) == "int8" else 4) * kv_values(shop.config),
         python=sys.executable,
         orders=orders | {"runtime": "edgert", "margins": precision == "fp32"},
         env=own_environment(),
     )
 
 
-def export_bundle(cache: Path, source: Path, precisions: str, say: Callable[[str], None]) -> Path:
-    """A bundle made by `edgert export` as it is now: another one where its code has changed."""
+def export_bundle(
+    cache: Path, source: Path, precisions: str | None, say: Callable[[str], None]
+) -> Path:
+    """A bundle made by `edgert export` as it is now, in what the recipe says or these precisions:
+    another one where its code has changed."""
     import edgert as package
 
     home = Path(package.__file__).parent
@@ -99,14 +123,15 @@ def export_bundle(cache: Path, source: Path, precisions: str, say: Callable[[str
         [*home.glob("*.py"), *home.glob("export/*.py"), *home.glob("models/**/*.py")]
     ):
         digest.update(path.read_bytes())
-    name = f"{source.stem}-{precisions.replace(',', '-')}-{digest.hexdigest()[:12]}"
+    asked = ["--precision", precisions] if precisions else []
+    name = "-".join([source.stem, *(precisions or "").split(","), digest.hexdigest()[:12]])
     bundle = cache / "bundles" / name
     if not (bundle / "manifest.json").is_file():
         say(f"exporting {name} (some minutes)")
         log = bundle.with_name(f"{name}.log")
         log.unlink(missing_ok=True)
         command = [sys.executable, "-m", "edgert", "export", str(source), "-o", str(bundle)]
-        run([*command, "--precision", precisions, "--lowering", "ort"], log, dict(os.environ))
+        run([*command, *asked, "--lowering", "ort"], log, dict(os.environ))
     return bundle
 
 
@@ -259,9 +284,9 @@ VARIANTS: dict[str, tuple[Callable[[Workshop, str], Side], tuple[str, ...]]] = {
 PEERS = tuple(f"{name}-{variant}" for name, (_, kinds) in VARIANTS.items() for variant in kinds)
 
 
-def set_up(shop: Workshop, name: str, bundle: Path) -> Side:
+def set_up(shop: Workshop, name: str, bundles: Bundles) -> Side:
     """A side by its name. Raises EdgertError or OSError with the reason why it is not to be had."""
     runtime, _, variant = name.partition("-")
     if runtime == "edgert":
-        return edgert(shop, variant, bundle)
+        return edgert(shop, variant, bundles)
     return VARIANTS[runtime][0](shop, variant)

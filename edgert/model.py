@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -420,6 +421,13 @@ def choose_variant(
             do=f"choose from what it has: {', '.join(manifest.variants)}",
         )
     return min(fitting)[-1]
+
+
+def variant_at_hand(manifest: Manifest, device: str, *asked: str | None) -> str:
+    """The variant that `load` takes, for whoever must know it before: precision, lowering, variant
+    and kv as `choose_variant` has them, and what the device has at hand counts."""
+    with closing(open_backend(device)) as backend:
+        return choose_variant(manifest, device, *asked, ready=backend.ready)
 
 
 def _rank(known: Sequence[str], name: str) -> int:

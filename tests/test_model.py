@@ -20,7 +20,7 @@ from edgert.errors import (
     UnsupportedModel,
     UsageError,
 )
-from edgert.model import choose_variant
+from edgert.model import choose_variant, variant_at_hand
 from edgert.spec import VariantSpec
 
 ATOL = 2e-4  # fp32, other chunks: sums in another order, over logits of a few tens
@@ -72,6 +72,27 @@ def test_a_bundle_for_other_devices_only_is_refused():
     made = manifest(variants=variants("fp32-modern"))
     with pytest.raises(Incompatible, match="no variant for device cpu"):
         choose_variant(made, "cpu", None, None)
+
+
+def test_what_the_device_has_at_hand_comes_first(monkeypatch):
+    """An engine is there for one variant alone: it is measured and checked, as `load` takes it,
+    and the device is let go again."""
+    has = variants("fp32-portable", "fp16-portable")
+    made = manifest(variants={name: replace(v, variant_id=name) for name, v in has.items()})
+    closed = []
+
+    class Device:
+        def ready(self, variant_id: str) -> bool:
+            return variant_id == "fp16-portable"
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr("edgert.model.open_backend", lambda device: Device())
+    assert choose_variant(made, "tensorrt") == "fp32-portable"
+    assert variant_at_hand(made, "tensorrt") == "fp16-portable"
+    assert variant_at_hand(made, "tensorrt", "fp32") == "fp32-portable"
+    assert len(closed) == 2
 
 
 def test_an_unknown_device_is_refused_by_load(tiny_bundle):

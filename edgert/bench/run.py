@@ -22,7 +22,7 @@ from edgert.bench.verify import (
 )
 from edgert.bundle import Bundle
 from edgert.errors import GateFailed
-from edgert.model import Model, choose_variant, load
+from edgert.model import Model, load, variant_at_hand
 from edgert.progress import Reporter
 from edgert.tokenizer import load_tokenizer
 
@@ -84,7 +84,8 @@ def bench(
     bundle = Bundle.open(path, "stamp", hashed)
     manifest = bundle.manifest
     check_device(p.device)
-    variant = choose_variant(manifest, p.device, p.precision, p.lowering, p.variant, p.kv)
+    asked = p.precision, p.lowering, p.variant, p.kv
+    variant = variant_at_hand(manifest, p.device, *asked)
     spec = manifest.tokenizer
     file = bundle.path(spec.file) if spec and spec.file else None
     work = make_work(plan, manifest, load_tokenizer(spec, file) if spec else None)

@@ -19,7 +19,7 @@ from typing import Any
 
 from edgert.bundle import Bundle
 from edgert.errors import EdgertError
-from edgert.model import choose_variant
+from edgert.model import variant_at_hand
 from edgert.progress import Reporter
 from edgert.selfcheck.expected import expected, read_report
 from edgert.selfcheck.halting import halting
@@ -58,7 +58,7 @@ def selfcheck(
     reporter = reporter or Reporter()
     bundle = Bundle.open(path, True, hashed)
     manifest = bundle.manifest
-    chosen = choose_variant(manifest, device, precision, lowering, variant, kv)
+    chosen = variant_at_hand(manifest, device, precision, lowering, variant, kv)
     there = read_report(expect, manifest.model_id) if expect else None
     inputs = inputs_of(bundle)
     subject = Subject(path, bundle, device, threads, prepack, chosen, inputs)

@@ -108,9 +108,15 @@ def files(tiny_bundle, saved_session, copier_bundle, tmp_path_factory) -> dict[s
     return found | {PUZZLES: puzzles, PAUSED: paused}
 
 
+RECORD = "docs/aarch64.md"
+"""What scripts/aarch64 ran, over files that it had made: those commands have run already."""
+
+
 def cheap(typed: Typed) -> bool:
-    """No training or export, and no report of an earlier one; GPUs are looked for below."""
+    """No training or export, no report of an earlier one, no record; GPUs are looked for below."""
     verb, *rest = typed.arguments
+    if typed.page == RECORD:
+        return False
     return verb not in ("export", "train", "halt") and not {"--halt", "--expect"} & set(rest)
 
 

@@ -124,7 +124,7 @@ def export_bundle(
     ):
         digest.update(path.read_bytes())
     asked = ["--precision", precisions] if precisions else []
-    name = "-".join([source.stem, *(precisions or "").split(","), digest.hexdigest()[:12]])
+    name = "-".join([source.stem, *asked[1:], digest.hexdigest()[:12]]).replace(",", "-")
     bundle = cache / "bundles" / name
     if not (bundle / "manifest.json").is_file():
         say(f"exporting {name} (some minutes)")

@@ -33,7 +33,9 @@ fuzz: $(VENV)/.stamp-dev
 
 # A stage is done when its stamp is newer than what it was made from, so that a second run starts
 # at once and does not ask pip anything.
-$(VENV)/.stamp-export: pyproject.toml setup.py scripts/setup
+KERNELS := $(wildcard edgert/kernels/*.cpp edgert/kernels/*.h)
+
+$(VENV)/.stamp-export: pyproject.toml setup.py scripts/setup $(KERNELS)
 	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' bash scripts/setup export
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-export

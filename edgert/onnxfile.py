@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -223,14 +224,19 @@ def read_onnx_facts(path: Path, max_bytes: int = MAX_FILE_BYTES) -> OnnxFacts:
     return _Walk(read_regular(path, max_bytes), str(path)).model()
 
 
-class _Walk:
+class Fields:
+    """The fields of protobuf messages in a file's bytes. `name` is the file's, for errors."""
+
     def __init__(self, data: bytes, name: str) -> None:
         self.data = data
         self.name = name
         self.fields = 0
-        self.nodes = 0
-        self.external: list[ExternalRef] = []
-        self.ops: Counter[str] = Counter()
+
+    @staticmethod
+    @cache
+    def number(kind: str, field: str) -> int:
+        """The number that a field has in a message of this kind."""
+        return next(number for number, found in _SCHEMA[kind].items() if found.name == field)
 
     def refuse(self, what: str, at: int) -> NoReturn:
         raise BadBundle(
@@ -238,6 +244,73 @@ class _Walk:
             where=f"{self.name}, byte {at}",
             do="export the model again, or copy the file again from its source",
         )
+
+    def each_field(self, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+        """Yield (number, wire, value, stop, at): a varint's value, else where the bytes are."""
+        data, at = self.data, start
+        while at < end:
+            self.fields += 1
+            if self.fields > MAX_FIELDS:
+                self.refuse(f"it has more than {MAX_FIELDS:,} fields", at)
+            tag, pos = self.varint(at, end)
+            number, wire = tag >> 3, tag & 7
+            if not 1 <= number < 1 << 29:
+                self.refuse(f"a field has the number {number}", at)
+            if wire == _VARINT:
+                # Most varints are one byte; a call for each would double the time.
+                if pos < end and data[pos] < 0x80:
+                    value, stop = data[pos], pos + 1
+                else:
+                    value, stop = self.varint(pos, end)
+            elif wire == _BYTES:
+                length, value = self.varint(pos, end)
+                stop = value + length
+            elif wire in (_FIXED64, _FIXED32):
+                value, stop = pos, pos + (8 if wire == _FIXED64 else 4)
+            else:
+                self.refuse(f"field {number} has the wire type {wire}", at)
+            if stop > end:
+                self.refuse(f"field {number} ends {stop - end:,} bytes after its message", at)
+            yield number, wire, value, stop, at
+            at = stop
+
+    def parts(self, kind: str, field: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Where the bytes of each `field` are in the message of this kind from start to end."""
+        number = self.number(kind, field)
+        for found, wire, value, stop, at in self.each_field(start, end):
+            if found == number:
+                if wire != _BYTES:
+                    self.refuse(f"{kind}.{field} is stored as {_WIRE_NAMES[wire]}", at)
+                yield value, stop
+
+    def varint(self, at: int, end: int) -> tuple[int, int]:
+        value = shift = 0
+        for pos in range(at, min(at + 10, end)):
+            byte = self.data[pos]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                if value >= 1 << 64:
+                    self.refuse("a varint exceeds 64 bits", at)
+                return value, pos + 1
+            shift += 7
+        self.refuse("a varint has more than 10 bytes" if at + 10 <= end else "it is cut off", at)
+
+    def text(self, span: tuple[int, int] | None, what: str) -> str:
+        start, stop = span or (0, 0)
+        if stop - start > 4096:
+            self.refuse(f"{what} has {stop - start:,} bytes", start)
+        try:
+            return self.data[start:stop].decode()
+        except UnicodeDecodeError:
+            self.refuse(f"{what} is not UTF-8", start)
+
+
+class _Walk(Fields):
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data, name)
+        self.nodes = 0
+        self.external: list[ExternalRef] = []
+        self.ops: Counter[str] = Counter()
 
     def model(self) -> OnnxFacts:
         model = self.message("ModelProto", 0, len(self.data), 0)
@@ -299,56 +372,6 @@ class _Walk:
                 found[field.name] = item
         read = getattr(self, "read_" + kind, None)
         return found if read is None else read(found, start)
-
-    def each_field(self, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Yield (number, wire, value, stop, at): a varint's value, else where the bytes are."""
-        data, at = self.data, start
-        while at < end:
-            self.fields += 1
-            if self.fields > MAX_FIELDS:
-                self.refuse(f"it has more than {MAX_FIELDS:,} fields", at)
-            tag, pos = self.varint(at, end)
-            number, wire = tag >> 3, tag & 7
-            if not 1 <= number < 1 << 29:
-                self.refuse(f"a field has the number {number}", at)
-            if wire == _VARINT:
-                # Most varints are one byte; a call for each would double the time.
-                if pos < end and data[pos] < 0x80:
-                    value, stop = data[pos], pos + 1
-                else:
-                    value, stop = self.varint(pos, end)
-            elif wire == _BYTES:
-                length, value = self.varint(pos, end)
-                stop = value + length
-            elif wire in (_FIXED64, _FIXED32):
-                value, stop = pos, pos + (8 if wire == _FIXED64 else 4)
-            else:
-                self.refuse(f"field {number} has the wire type {wire}", at)
-            if stop > end:
-                self.refuse(f"field {number} ends {stop - end:,} bytes after its message", at)
-            yield number, wire, value, stop, at
-            at = stop
-
-    def varint(self, at: int, end: int) -> tuple[int, int]:
-        value = shift = 0
-        for pos in range(at, min(at + 10, end)):
-            byte = self.data[pos]
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                if value >= 1 << 64:
-                    self.refuse("a varint exceeds 64 bits", at)
-                return value, pos + 1
-            shift += 7
-        self.refuse("a varint has more than 10 bytes" if at + 10 <= end else "it is cut off", at)
-
-    def text(self, span: tuple[int, int] | None, what: str) -> str:
-        start, stop = span or (0, 0)
-        if stop - start > 4096:
-            self.refuse(f"{what} has {stop - start:,} bytes", start)
-        try:
-            return self.data[start:stop].decode()
-        except UnicodeDecodeError:
-            self.refuse(f"{what} is not UTF-8", start)
 
     def read_StringStringEntryProto(self, found: dict[str, Any], start: int) -> tuple[str, str]:
         return self.text(found.get("key"), "a key"), self.text(found.get("value"), "a value")

@@ -47,7 +47,10 @@ RUN_ZONE = (
     Line("runner looping slots speculate direct", together=True),
     Line("state"),
     Line("tokenizer chat sampler stops backends vault tasks programs exits"),
-    Line("bundle manifest wiring cache enginestore onnxfile files tensors workshop", together=True),
+    Line(
+        "bundle manifest wiring cache enginestore onnxfile onnxedit kernels files tensors workshop",
+        together=True,
+    ),
     Line("rng spec progress machine halting beside child"),
     Line("errors _version"),
 )

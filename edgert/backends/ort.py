@@ -10,8 +10,10 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from edgert import kernels
 from edgert.backends.base import (
     Backend,
     Binding,
@@ -38,6 +40,7 @@ INT8_STATES = (1, 27)
 a graph, and fail in a step."""
 MAX_THREADS = 1024
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _SILENT = 4  # errors reach the user as exceptions, not as the library's log lines
 
 
@@ -134,13 +137,19 @@ class OrtBinding(Binding):
 
 class OrtGraph(LoadedGraph):
     def __init__(
-        self, ort: Any, source: GraphSource, options: Any, provider: str = PROVIDERS["cpu"]
+        self,
+        ort: Any,
+        source: GraphSource,
+        options: Any,
+        provider: str = PROVIDERS["cpu"],
+        model: bytes | None = None,
     ) -> None:
+        """model  the bytes to load in place of the file, beside which their data files are"""
         self.name = source.name
         self.where = str(source.path)
         try:
             self.session = ort.InferenceSession(
-                str(source.path),
+                str(source.path) if model is None else model,
                 options,
                 providers=[provider],
                 enable_fallback=0,  # it would try again, and print about it on stdout
@@ -211,11 +220,15 @@ class OrtBackend(Backend):
             "backend": f"{self.name} {ort.__version__}",
             "machine": instruction_set(),
             "prepack": str(prepack).lower(),
+            "kernels": "onnxruntime",
         }
         if device != "cpu":
             self.build["device"] = device
             # A node that the provider leaves to the CPU is an error, not a slow surprise.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        # Its operators are of the CPU.
+        self._native = kernels.library() if device == "cpu" else None
+        self._registered = False
         self._use(threads or default_threads())
         # Plans of activation memory per input shape: they save no time here, and cost 12 MB.
         options.enable_mem_pattern = False
@@ -257,7 +270,37 @@ class OrtBackend(Backend):
         return self._graph(source)
 
     def _graph(self, source: GraphSource) -> OrtGraph:
+        if self._native is not None:
+            graph = self._with_native(source, self._native)
+            if graph is not None:
+                return graph
         return OrtGraph(self._ort, source, self._options, self._provider)
+
+    def _with_native(self, source: GraphSource, library: Path) -> OrtGraph | None:
+        """The graph with edgert's own kernels; None if it has no place for them, or is of a kind
+        that they are not for (such as float16), or the library does not load here."""
+        model = kernels.substituted(source.path)
+        if model is None:
+            return None
+        if not self._registered:
+            try:
+                self._options.register_custom_ops_library(str(library))
+            except Exception:  # compiled for another processor or system
+                self._native = None
+                return None
+            self._registered = True
+        self._options.add_session_config_entry(DATA_FOLDER, str(source.path.parent))
+        try:
+            graph = OrtGraph(self._ort, source, self._options, self._provider, model)
+        except BadBundle as error:
+            if "using a global thread pool" in error.what:
+                raise
+            return None
+        ours = f"edgert {kernels.REVISION}"
+        if self.build["kernels"] != ours:
+            self.build["kernels"] = ours
+            self.placement += " · native kernels"
+        return graph
 
     def _use(self, threads: int) -> None:
         self._options.intra_op_num_threads = threads

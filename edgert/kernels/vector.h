@@ -1,0 +1,77 @@
+// Vectors of eight floats, for the processor that the including file names: it includes this once
+// for each, in a namespace of its own.
+
+typedef float Vec __attribute__((vector_size(WIDE * 4)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(WIDE * 4)));
+typedef int8_t Codes __attribute__((vector_size(WIDE)));
+
+INLINE Vec load(const float* from) {
+    Vec value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+INLINE Vec load(const int8_t* from) {
+#ifdef EDGERT_AVX2  // otherwise GCC takes them apart one by one
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    Codes codes;
+    std::memcpy(&codes, from, sizeof codes);
+    return __builtin_convertvector(__builtin_convertvector(codes, Ints), Vec);
+#endif
+}
+
+INLINE void store(float* to, const Vec& value) { std::memcpy(to, &value, sizeof value); }
+
+INLINE Vec all(float value) {
+    return Vec{value, value, value, value, value, value, value, value};
+}
+
+INLINE Vec chosen(const Ints& which, const Vec& a, const Vec& b) {
+    return (Vec)(((Ints)a & which) | ((Ints)b & ~which));
+}
+
+INLINE Vec larger(const Vec& a, const Vec& b) { return chosen(a > b, a, b); }
+
+INLINE float sum(const Vec& v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+INLINE Four halves(const Vec& v) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+}
+
+// The sums of four vectors, side by side.
+INLINE Four sums(const Vec* v) {
+    const Four a = halves(v[0]), b = halves(v[1]), c = halves(v[2]), d = halves(v[3]);
+    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+// e^x for x <= 0, to two units in the last place, and as good as 0 below -87; NaN stays what it is.
+// Cephes' polynomial of degree 5.
+INLINE Vec exponential(Vec x) {
+    const Vec least = all(-87.0f);
+    x = chosen(x < least, least, x);
+    const Vec shifted = x * all(1.44269504f) + all(12582912.0f);  // rounds to whole numbers
+    const Vec whole = shifted - all(12582912.0f);
+    x = x - whole * all(0.693359375f) - whole * all(-2.12194440e-4f);
+    Vec p = all(1.9875691500e-4f);
+    p = p * x + all(1.3981999507e-3f);
+    p = p * x + all(8.3334519073e-3f);
+    p = p * x + all(4.1665795894e-2f);
+    p = p * x + all(1.6666665459e-1f);
+    p = p * x + all(5.0000001201e-1f);
+    p = p * x * x + x + all(1.0f);
+    const Ints power = (__builtin_convertvector(whole, Ints) + 127) << 23;
+    return p * (Vec)power;
+}
+
+// x / (1 + e^-x) without an overflow on either side.
+INLINE Vec silu(const Vec& x) {
+    const Ints positive = x > all(0.0f);
+    const Vec tail = exponential(chosen(positive, -x, x)), over = all(1.0f) + tail;
+    return x * chosen(positive, all(1.0f), tail) / over;
+}

@@ -474,6 +474,21 @@ def test_an_onnxruntime_that_cannot_be_loaded(tree, monkeypatch, tmp_path):
     assert report.lacking
 
 
+def test_own_kernels_are_there_or_how_to_have_them(tree, monkeypatch, tmp_path):
+    from edgert import kernels
+
+    compiled = tmp_path / "_native.so"
+    monkeypatch.setattr(kernels, "library", lambda: compiled)
+    assert row(examine(tree(PC)), "kernels").status == "ok"
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    found = row(examine(tree(PC)), "kernels")
+    assert found.status == "missing"
+    assert "C++ compiler" in (found.do or "")
+    assert found not in examine(tree(PC)).lacking  # ONNX Runtime's do the same
+    monkeypatch.setenv("EDGERT_NATIVE", "0")
+    assert row(examine(tree(PC)), "kernels").status == "warning"
+
+
 def test_two_wheels_of_one_module_are_a_warning(tree):
     """The CPU and the GPU wheel overwrite each other's files."""
     versions = {"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.30.0", "numpy": "2.0"}
@@ -613,6 +628,7 @@ def test_doctor_knows_every_variable_of_the_command_line(run, monkeypatch):
     monkeypatch.setenv("EDGERT_STOP_TOKENS", "3")
     monkeypatch.setenv("EDGERT_STOP_TOKEN", "3 x")
     monkeypatch.setenv("EDGERT_KEY_FILE", "/k")
+    monkeypatch.setenv("EDGERT_NATIVE", "1")
     lines = {line.split()[0]: line for line in run("doctor").out.splitlines()}
     assert "not in the range" in lines["EDGERT_THREADS"]
     assert "choose one of: auto, cpu" in lines["EDGERT_DEVICE"]
@@ -620,6 +636,7 @@ def test_doctor_knows_every_variable_of_the_command_line(run, monkeypatch):
     assert "'x' is not a valid integer" in lines["EDGERT_STOP_TOKEN"]
     assert "session info" in lines["EDGERT_KEY_FILE"]
     assert "where the cache is" in lines["EDGERT_CACHE_DIR"]
+    assert "own kernels" in lines["EDGERT_NATIVE"]
 
 
 def test_shown_defaults_are_those_of_the_options():

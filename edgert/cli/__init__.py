@@ -46,7 +46,8 @@ class Verbs(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Every option has a variable: --max-tokens is EDGERT_MAX_TOKENS; one that may be "
     "repeated takes its values from there separated by spaces. "
-    "EDGERT_CACHE_DIR moves the cache; NO_COLOR turns colours off.",
+    "EDGERT_CACHE_DIR moves the cache; EDGERT_NATIVE=0 leaves edgert's own kernels unused; "
+    "NO_COLOR turns colours off.",
 )
 @click.pass_context
 def cli(ctx: click.Context) -> None:

@@ -210,7 +210,11 @@ def _settings(root: click.Command) -> list[Setting]:
         )
         for variable, verbs in takers.items()
     ]
-    own = {"EDGERT_CACHE_DIR": "where the cache is", "EDGERT_PASSPHRASE": "of encrypted sessions"}
+    own = {
+        "EDGERT_CACHE_DIR": "where the cache is",
+        "EDGERT_NATIVE": "whether edgert's own kernels are used",
+        "EDGERT_PASSPHRASE": "of encrypted sessions",
+    }
     return found + [Setting(variable, of) for variable, of in own.items()]
 
 

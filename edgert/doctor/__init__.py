@@ -26,6 +26,7 @@ PROBES: Mapping[str, Probe] = {
     "cpu": host.cores,
     "memory": host.memory,
     "onnxruntime": host.onnxruntime,
+    "kernels": host.kernels,
     "libraries": host.libraries,
     "CUDA driver": jetson.cuda,
     "TensorRT": jetson.tensorrt,

@@ -138,6 +138,19 @@ def onnxruntime(machine: Machine) -> Iterator[Row]:
         yield Row(name, finding, needed=True)
 
 
+def kernels(machine: Machine) -> Iterator[Row]:
+    from edgert.kernels import library, switched_off
+
+    name = "kernels"
+    if switched_off():
+        yield Row(name, "EDGERT_NATIVE leaves edgert's own unused", "warning", "unset it")
+    elif library() is None:
+        do = "for faster steps: install a C++ compiler (apt install g++), then edgert again"
+        yield Row(name, "onnxruntime's · edgert's own were not compiled", "missing", do)
+    else:
+        yield Row(name, "edgert's own, for attention, norms and gates on the CPU")
+
+
 def libraries(machine: Machine) -> Iterator[Row]:
     for name in ("numpy", "tokenizers", "jinja2", "psutil", "safetensors", "rich", "click"):
         version = machine.version(name)

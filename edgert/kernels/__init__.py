@@ -29,9 +29,13 @@ _SAME = {  # inputs, outputs and attributes are those of ONNX Runtime's
 }
 
 
+def switched_off() -> bool:
+    return os.environ.get("EDGERT_NATIVE", "1") in ("0", "false", "no", "off")
+
+
 def library() -> Path | None:
-    """The compiled kernels, or None: not compiled for this machine, or switched off."""
-    if os.environ.get("EDGERT_NATIVE", "1") in ("0", "", "false"):
+    """The compiled kernels, or None: they were not compiled, or are switched off."""
+    if switched_off():
         return None
     return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
 

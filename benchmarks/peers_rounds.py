@@ -97,6 +97,7 @@ class Results:
         self.scores: dict[str, list[list[float]]] = {}
         self.rounds: dict[str, dict[str, Answer]] = {}
         self.reading: dict[str, dict[str, float]] = {}
+        about = json.loads(json.dumps(about))  # as it reads in the file: tuples are lists there
         if resume and path.is_file():
             known = json.loads(path.read_text())
             if known["about"] == about:

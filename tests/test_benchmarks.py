@@ -435,14 +435,14 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
     from peers_rounds import Results
 
     path, names = tmp_path / "r.json", ("edgert-int4", "genai-int4")
-    results = Results(path, {"a": 1}, False)
+    results = Results(path, {"a": (1,)}, False)
     run = FakeRounds(names)
     run.score(results)
     run.round(results, 0, 1)
     again = FakeRounds(names)
-    again.run(Results(path, {"a": 1}, True))
+    again.run(Results(path, {"a": (1,)}, True))
     assert len(again.calls) == 5 * 3
-    for about, resume in (({"a": 2}, True), ({"a": 1}, False)):
+    for about, resume in (({"a": 2}, True), ({"a": (1,)}, False)):
         fresh = FakeRounds(names)
         fresh.run(Results(path, about, resume))
         assert len(fresh.calls) == 2 + 6 * 3

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgert.backends.base import Array, Binding
 from edgert.errors import OutOfMemory
 from edgert.looping import Bound, buffers
+from edgert.machine import available_memory
 from edgert.runner import Runner
 from edgert.spec import resolve
 
@@ -119,14 +120,12 @@ class Slots(Bound):
 def _check_memory(runner: Runner, batch: int) -> None:
     """Refuse what is larger than all free memory: zeroed pages cost nothing until they are used,
     and then the system ends the process."""
-    import psutil
-
     specs = [*runner.manifest.results.values()]
     specs += [*runner.loop.values.values()] * 2 if runner.loop else []
     sizes = [(np.dtype(spec.dtype).itemsize, resolve(spec.shape[1:], {})) for spec in specs]
     needed = batch * sum(size * math.prod(shape) for size, shape in sizes)
-    free = psutil.virtual_memory().available
-    if needed > free:
+    free = available_memory()
+    if free is not None and needed > free:
         raise OutOfMemory(
             f"{batch:,} puzzles in the loop at once take {needed / 1e9:.2f} GB, and "
             f"{free / 1e9:.2f} GB are free",

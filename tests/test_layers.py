@@ -351,7 +351,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-HEAVY = "torch onnx onnxruntime tensorrt transformers rich tokenizers jinja2 psutil safetensors"
+HEAVY = "torch onnx onnxruntime tensorrt transformers rich tokenizers jinja2 safetensors"
 
 
 @pytest.mark.parametrize(

@@ -60,5 +60,5 @@ def test_plain_install_asks_for_the_runtime_only(wheel):
     """Without an extra, nothing is required but the runtime's own list."""
     required = [text for text in metadata(wheel).get_all("Requires-Dist") if "extra ==" not in text]
     names = {re.split(r"[<>=!~; ]", text)[0] for text in required}
-    runtime = {"click", "jinja2", "numpy", "psutil", "rich", "safetensors", "tokenizers", "tomli"}
+    runtime = {"click", "jinja2", "numpy", "rich", "safetensors", "tokenizers", "tomli"}
     assert names == runtime

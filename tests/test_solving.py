@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,10 +116,9 @@ def test_work_is_cancelled_from_elsewhere_behind_its_iteration(model):
 
 
 def test_a_batch_larger_than_memory_is_refused_before_it_is_allocated(model, monkeypatch):
-    import psutil
+    from edgert import slots
 
-    few = SimpleNamespace(available=100_000)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: few)
+    monkeypatch.setattr(slots, "available_memory", lambda: 100_000)
     with pytest.raises(OutOfMemory, match="32 puzzles in the loop at once take"):
         solving(model, 11).run()
     assert len(solving(model, batch=1).run()) == 3

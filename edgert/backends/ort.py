@@ -6,7 +6,6 @@ what was asked for is used, or an error says that it is not.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -32,7 +31,7 @@ from edgert.errors import (
     OutOfMemory,
     UsageError,
 )
-from edgert.machine import instruction_set
+from edgert.machine import instruction_set, physical_cores
 
 MINIMUM = (1, 23)
 INT8_STATES = (1, 27)
@@ -74,13 +73,7 @@ longer than waking and joining threads, and a neighbour that takes their core aw
 
 def default_threads(nbytes: int = SMALL) -> int:
     """Physical cores this process may use; for a model of fewer than `SMALL` bytes, one."""
-    import psutil
-
-    if nbytes < SMALL:
-        return 1
-
-    allowed = len(os.sched_getaffinity(0))
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    return 1 if nbytes < SMALL else physical_cores()
 
 
 class OrtBuffer(HostBuffer):
@@ -279,7 +272,10 @@ class OrtBackend(Backend):
     def _with_native(self, source: GraphSource, library: Path) -> OrtGraph | None:
         """The graph with edgert's own kernels; None if it has no place for them, or is of a kind
         that they are not for (such as float16), or the library does not load here."""
-        model = kernels.substituted(source.path)
+        try:
+            model = kernels.substituted(source.path)
+        except BadBundle:
+            return None  # ONNX Runtime says what it makes of it
         if model is None:
             return None
         if not self._registered:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from edgert._version import __version__
 from edgert.bench.facts import device_name
 from edgert.doctor.machine import Machine, Row, many
+from edgert.machine import memory_table
 
 LOW_MEMORY = 1_000_000_000
 """Bytes: about what a model of 135M parameters in fp32 needs (docs/performance.md)."""
@@ -71,15 +72,14 @@ def _control_groups(machine: Machine, controller: str) -> Iterator[str]:
 
 
 def memory(machine: Machine) -> Iterator[Row]:
-    table = dict(re.findall(r"^(\w+):\s+(\d+) kB$", machine.text("proc/meminfo") or "", re.M))
+    table = memory_table(machine.text("proc/meminfo") or "")
     if not {"MemTotal", "MemAvailable"} <= table.keys():
         yield Row("memory", "/proc/meminfo does not say", "warning", "is /proc mounted?")
         return
-    kilobytes = {name: int(value) * 1024 for name, value in table.items()}
-    total, available = kilobytes["MemTotal"], kilobytes["MemAvailable"]
+    total, available = table["MemTotal"], table["MemAvailable"]
     finding = f"{_gb(available)} available of {_gb(total)}"
-    if kilobytes.get("SwapTotal"):
-        finding += f" · {_gb(kilobytes['SwapTotal'])} swap"
+    if table.get("SwapTotal"):
+        finding += f" · {_gb(table['SwapTotal'])} swap"
     limit = _memory_limit(machine)
     if limit is not None and limit < total:
         finding += f" · its control group allows {_gb(limit)}"
@@ -152,7 +152,7 @@ def kernels(machine: Machine) -> Iterator[Row]:
 
 
 def libraries(machine: Machine) -> Iterator[Row]:
-    for name in ("numpy", "tokenizers", "jinja2", "psutil", "safetensors", "rich", "click"):
+    for name in ("numpy", "tokenizers", "jinja2", "safetensors", "rich", "click"):
         version = machine.version(name)
         if version:
             yield Row(name, version, needed=True)

@@ -6,6 +6,7 @@ random weights, so every token hangs on small differences of logits, and the one
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,20 @@ with edgert.load("looped", variant="VARIANT") as model:
     made = model.generate([{IDS}], max_tokens=24, temperature=1.0, seed=5, halt="{POLICY}")
 print(json.dumps({{"tokens": made.tokens, "iterations": made.timings.iterations}}))
 """
+KERNELS = f"""
+import json, os
+import edgert
+
+found = {{}}
+for native in ("1", "0"):
+    os.environ["EDGERT_NATIVE"] = native
+    with edgert.load("decoder", variant="fp32-ort") as model:
+        made = model.generate([{IDS}], max_tokens=24, temperature=1.0, seed=5)
+        found["kernels of " + model.runner.backend.build["kernels"]] = made.tokens
+del os.environ["EDGERT_NATIVE"]
+print(json.dumps(found))
+"""
+"""The same with edgert's kernels and with ONNX Runtime's."""
 LADDER = tuple(f"{p}{kv}-ort" for p in ("fp32", "int8", "int4") for kv in ("", "-kv8"))
 
 INTRODUCTION = """# The runtime on aarch64, emulated
@@ -127,6 +142,17 @@ def generate(page: Transcript, machines: Sequence[Machine]) -> None:
         page.compare(f"{bundle} {variant}, {kind}", "24 token ids", found)
 
 
+def own_kernels(page: Transcript, machines: Sequence[Machine]) -> None:
+    text = "edgert's own kernels, compiled for each machine, and ONNX Runtime's: EDGERT_NATIVE=0."
+    page.section("Kernels", text)
+    found = {
+        f"{m.name} with {kernels}": tokens
+        for m in machines
+        for kernels, tokens in json.loads(m.python(KERNELS)).items()
+    }
+    page.compare("decoder fp32-ort, sampled", f"24 token ids, {len(found)} ways", found)
+
+
 def save_and_resume(page: Transcript, machines: Sequence[Machine]) -> None:
     for bundle, variant in (("looped", "fp32-ort"), ("decoder", "int4-kv8-ort")):
         whole = ("run", bundle, "--variant", variant, "--ids", IDS, *SAMPLED, "-n", 24)
@@ -207,7 +233,7 @@ def transcript(
     write_puzzles(work / "puzzles.txt")
     page = Transcript(say)
     versions = {m.name: m.edgert("version") for m in machines}
-    for check in (generate, save_and_resume, frozen, halt, solve):
+    for check in (generate, own_kernels, save_and_resume, frozen, halt, solve):
         check(page, machines)
     lines = [INTRODUCTION.format(emulator=emulator, cpu=cpu), "\n## Versions\n"]
     names = list(versions)

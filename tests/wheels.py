@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,11 +25,11 @@ def copy_source(to: Path) -> Path:
     return Path(shutil.copytree(ROOT, to, ignore=not_source))
 
 
-def build(kind: str, source: Path, out: Path) -> Path:
+def build(kind: str, source: Path, out: Path, env: Mapping[str, str] | None = None) -> Path:
     """Build `kind` ('wheel' or 'sdist') of the tree `source` into `out`, without a network."""
     result = subprocess.run(
         [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "-o", str(out), str(source)],
-        env={**os.environ, "SOURCE_DATE_EPOCH": "1577836800"},
+        env={**os.environ, "SOURCE_DATE_EPOCH": "1577836800", **(env or {})},
         capture_output=True,
         text=True,
         timeout=300,

@@ -175,6 +175,7 @@ class Case:
     edit: Edit | None = None
     step: Step = shipped
     prepack: bool = True
+    own_kernels: bool = True
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -182,6 +183,11 @@ PINNED = "one core each"
 
 CASES = (
     Case("as shipped"),
+    Case(
+        "own kernels",
+        "ONNX Runtime's: 90 more operators, and a row at a time over the cache",
+        own_kernels=False,
+    ),
     Case("QKV apart", "60 more operators to start, of 1 to 3 µs each", edit=qkv_apart),
     Case("gate and up apart", "as many operators, no copy of 12 KB", edit=gate_and_up_apart),
     Case("add and norm apart", "59 more operators, 2 KB each", edit=add_and_norm_apart),
@@ -206,6 +212,8 @@ CASES = (
 @contextlib.contextmanager
 def opened(bundle: Bundle, variant: str, case: Case, threads: int) -> Iterator[Runner]:
     backend = OrtBackend(threads=threads, prepack=case.prepack)
+    if not case.own_kernels:
+        backend._native = None
     # they share a process: one that does not run must not keep a core busy
     options = {"session.force_spinning_stop": "1"} | case.options
     pinned = ";".join(str(core + 1) for core in sorted(os.sched_getaffinity(0))[1:threads])

@@ -69,6 +69,9 @@ class GraphFile:
         self._fields = Fields(data, name)
         self.nodes: list[Node] = []
         self.outputs: set[str] = set()
+        self.domains: set[str] = set()
+        for at in self._parts("ModelProto", "opset_import", 0, len(data)):
+            self.domains |= set(self._texts("OperatorSetIdProto", "domain", *at))
         for start, stop in self._fields.parts("ModelProto", "graph", 0, len(data)):
             self.nodes += [self._node(*at) for at in self._parts("GraphProto", "node", start, stop)]
             for at in self._parts("GraphProto", "output", start, stop):

@@ -77,7 +77,8 @@ detect() { # 'R36 (release), REVISION: 4.3' is L4T 36.4.3, of JetPack 6
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 packages() {
-    local wanted=(python3-venv libgomp1) missing=() package
+    # g++ compiles edgert's own kernels as it is installed
+    local wanted=(python3-venv libgomp1 g++) missing=() package
     if [ "$jetpack" != none ]; then
         # the Python module, and the libraries that must have its version
         for package in libnvinfer10 libnvinfer-plugin10 libnvonnxparsers10 python3-libnvinfer; do

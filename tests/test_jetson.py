@@ -59,7 +59,7 @@ def test_a_dry_run_names_every_command_and_runs_none(bare, tmp_path):
     found = commands(setup("--dry-run", "--jetpack", 6, *options, path=bare))
     packages = "libnvinfer10 libnvinfer-plugin10 libnvonnxparsers10 python3-libnvinfer"
     install = "apt-get install --yes --no-install-recommends"
-    assert found[1].endswith(f"{install} python3-venv libgomp1 {packages}")
+    assert found[1].endswith(f"{install} python3-venv libgomp1 g++ {packages}")
     assert f"/usr/bin/python3 -m venv --clear --system-site-packages {venv}" in found
     (pip,) = (line for line in found if " -m pip install " in line)
     assert r"\[cpu\,crypto\,tensorrt\]" in pip

@@ -411,6 +411,12 @@ def test_what_only_resembles_a_gate_is_left(nodes, outputs, tmp_path):
     assert replaced(rowwise(nodes, {"x": 3}, outputs), tmp_path) is None
 
 
+def test_a_file_with_such_a_domain_of_its_own_is_left(tmp_path):
+    proto = rowwise(GATE, {"x": 3}, {"y": 3})
+    proto.opset_import.add(domain=kernels.DOMAIN, version=1)
+    assert replaced(proto, tmp_path) is None
+
+
 def test_a_file_that_is_none_is_refused(tmp_path):
     for data in (b"\x3a\xff\xff\xff\xff\x0f", b"\x3a\x04\x0a\x02\x0a\x7f"):
         with pytest.raises(BadBundle, match="not a sound ONNX file"):

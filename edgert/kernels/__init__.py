@@ -52,7 +52,9 @@ def substituted(path: Path) -> bytes | None:
         if (node.domain, node.op) in _SAME
     }
     changed |= _gates(graph)
-    return graph.with_nodes(changed, DOMAIN) if changed else None
+    if not changed or DOMAIN in graph.domains:  # the latter is none of our exporter's
+        return None
+    return graph.with_nodes(changed, DOMAIN)
 
 
 def _gates(graph: GraphFile) -> dict[int, bytes | None]:
@@ -68,7 +70,9 @@ def _gates(graph: GraphFile) -> dict[int, bytes | None]:
         found = [
             place
             for place in by_input.get(reader_of, [])
-            if _is(graph.nodes[place], op) and set(graph.nodes[place].inputs) == inputs
+            if _is(graph.nodes[place], op)
+            and set(graph.nodes[place].inputs) == inputs
+            and len(graph.nodes[place].outputs) == 1
         ]
         return found[0] if len(found) == 1 else None
 

@@ -47,6 +47,34 @@ def onnx(folder: Path) -> Target:
     return Target(seeds, bytes_like(seeds), through_file(folder / "graph.onnx", read_onnx_facts))
 
 
+def onnxedit(folder: Path) -> Target:
+    """Our kernels put into a graph file: what comes out is walked through again."""
+    from small_onnx import small_model
+    from test_kernels import GATE, attention, rowwise
+
+    from edgert.kernels import substituted
+    from edgert.onnxfile import read_onnx_facts
+
+    gate = rowwise(GATE, {"x": 3}, {"y": 3})
+    models = (gate, attention(4, 2, 16, do_rotary=1), small_model())
+    seeds = [model.SerializeToString() for model in models]
+    edited = folder / "edited.onnx"
+
+    def read(path: Path) -> None:
+        data = substituted(path)
+        facts = read_onnx_facts(path)
+        if data is None:
+            return
+        edited.write_bytes(data)
+        try:
+            after = read_onnx_facts(edited)
+        except EdgertError as error:
+            raise AssertionError(f"a sound file was spoilt: {error}") from error
+        assert (after.inputs, after.external) == (facts.inputs, facts.external)
+
+    return Target(seeds, bytes_like(seeds), through_file(folder / "graph.onnx", read))
+
+
 def tokenizer(folder: Path) -> Target:
     """tokenizer.json at run time: loaded, asked about itself, used in both directions."""
     from tiny_decoder import tokenizer_json

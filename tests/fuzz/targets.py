@@ -17,6 +17,7 @@ from runtime_targets import (
     locked,
     manifest,
     onnx,
+    onnxedit,
     parity,
     puzzles,
     sampling,
@@ -39,7 +40,19 @@ from training_targets import trained, training_recipe
 TARGETS: dict[str, Callable[[Path], Target]] = {
     make.__name__: make
     for make in (
-        *(manifest, onnx, tokenizer, chat, sampling, session, locked, solving, puzzles, parity),
+        *(
+            manifest,
+            onnx,
+            onnxedit,
+            tokenizer,
+            chat,
+            sampling,
+            session,
+            locked,
+            solving,
+            puzzles,
+            parity,
+        ),
         *(gguf, gguf_tokenizer, checkpoint, huggingface, recipe, engine_target),
         *(training_recipe, trained),
         *(hrm_checkpoint, hrm_config, task, arc, puzzleset, accuracy, halting),

@@ -58,11 +58,11 @@ template <int R, typename Cell>
 INLINE void dots(const float* q, const Cell* keys, int64_t d, float* scores) {
     Vec total[R][4] = {};
     for (int64_t i = 0; i < d; i += WIDE) {
-        Vec key[4];
-        for (int j = 0; j < 4; j++) key[j] = load(keys + j * d + i);
-        for (int r = 0; r < R; r++) {
-            const Vec query = load(q + r * d + i);
-            for (int j = 0; j < 4; j++) total[r][j] += query * key[j];
+        Vec query[R];  // with twelve sums and a key, sixteen registers
+        for (int r = 0; r < R; r++) query[r] = load(q + r * d + i);
+        for (int j = 0; j < 4; j++) {
+            const Vec key = load(keys + j * d + i);
+            for (int r = 0; r < R; r++) total[r][j] += query[r] * key;
         }
     }
     for (int r = 0; r < R; r++) {
@@ -90,11 +90,11 @@ INLINE void mix(const float* weights, const Cell* values, int count, int64_t d, 
     for (int r = 0; r < R; r++)
         for (int i = 0; i < N; i++) total[r][i] = load(sums + r * d + i * WIDE);
     for (int j = 0; j < count; j++) {
-        Vec value[N];
-        for (int i = 0; i < N; i++) value[i] = load(values + j * d + i * WIDE);
-        for (int r = 0; r < R; r++) {
-            const Vec weight = all(weights[r * TILE + j]);
-            for (int i = 0; i < N; i++) total[r][i] += weight * value[i];
+        Vec weight[R];
+        for (int r = 0; r < R; r++) weight[r] = all(weights[r * TILE + j]);
+        for (int i = 0; i < N; i++) {
+            const Vec value = load(values + j * d + i * WIDE);
+            for (int r = 0; r < R; r++) total[r][i] += weight[r] * value;
         }
     }
     for (int r = 0; r < R; r++)

@@ -15,8 +15,8 @@ SAME = (
 """What two runs must share for their figures to be comparable."""
 
 DIFFERENT = (
-    *("version", "variant", "backend", "device_name", "machine", "low_memory", "governor"),
-    *("nvpmodel", "others_cpus", "python", "repeats", "output_sha256", "test_time"),
+    *("version", "variant", "backend", "kernels", "device_name", "machine", "low_memory"),
+    *("governor", "nvpmodel", "others_cpus", "python", "repeats", "output_sha256", "test_time"),
 )
 """What may differ, since it is what one compares, and is then shown."""
 

@@ -60,7 +60,7 @@ _DECLARED = {
     "cache": ("cache_state", "prefix_reuse", "low_memory"),
     "clocks": ("governor", "clocks", "temp_c", "nvpmodel", "throttled"),
     "machine load": ("others_cpus", "n_cpus"),
-    "versions": ("version", "python", "backend"),
+    "versions": ("version", "python", "backend", "kernels"),
     "measured": ("test_time",),
     "output": ("output_sha256",),
 }

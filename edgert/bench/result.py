@@ -62,6 +62,7 @@ def declared(model: Model, work: Work, *, device: str, prepack: bool) -> Result:
         "device": device_of(device),
         "device_name": facts.device_name(),
         "backend": runner.backend.build.get("backend", runner.backend.name),
+        "kernels": runner.backend.build.get("kernels", runner.backend.name),
         "machine": runner.backend.build.get("machine", platform.machine()),
         "placement": model.placement,
         "n_threads": int(threads) if threads.isdigit() else None,
@@ -232,7 +233,10 @@ _COUNTS = ("n_prompt", "n_gen", "n_depth", "n_batch", "repeats", "model_size", "
 _TABLES = ("ttft_ms", "itl_ms", "request_latency_ms", "where_ms", "prefill", "memory")
 
 
-_SCALARS = ("n_threads", "low_memory", "machine", "governor", "nvpmodel", "others_cpus", "python")
+_SCALARS = (
+    *("n_threads", "low_memory", "kernels", "machine", "governor", "nvpmodel", "others_cpus"),
+    "python",
+)
 
 
 def _scalar(value: Any) -> bool:

@@ -6,39 +6,47 @@ written anew. It is for the step between a file that was checked and the library
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from edgert.onnxfile import Fields
 
+_BYTES = 2  # the wire type of what has a length
+
 _INT = 2  # AttributeProto.AttributeType
-_GRAPH, _OPSETS, _NODE = (
-    Fields.number("ModelProto", "graph"),
-    Fields.number("ModelProto", "opset_import"),
-    Fields.number("GraphProto", "node"),
+_GRAPH, _OPSETS = (Fields.number("ModelProto", name) for name in ("graph", "opset_import"))
+_NODE, _OUTPUT = (Fields.number("GraphProto", name) for name in ("node", "output"))
+_IN, _OUT, _OP, _DOMAIN, _ATTRIBUTE = (
+    Fields.number("NodeProto", name)
+    for name in ("input", "output", "op_type", "domain", "attribute")
 )
 
 
-@dataclass(frozen=True)
-class Node:
-    """A node of the main graph. `domain` is as the file has it: "" is the standard one.
-
-    numbers  its attributes that are integers
-    """
+class Node(NamedTuple):
+    """A node of the main graph. `domain` is as the file has it: "" is the standard one."""
 
     op: str
     domain: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    numbers: Mapping[str, int]
-    body: bytes = field(repr=False)
+    body: bytes
+
+    def number(self, name: str) -> int | None:
+        """An attribute that is an integer; None if there is none of this name."""
+        fields = Fields(self.body, self.op)
+        for at in fields.parts("NodeProto", "attribute", 0, len(self.body)):
+            names = fields.parts("AttributeProto", "name", *at)
+            if name not in [fields.text(span, "a name") for span in names]:
+                continue
+            for number, wire, value, _, _ in fields.each_field(*at):
+                if (number, wire) == (Fields.number("AttributeProto", "i"), 0):
+                    return value - (1 << 64) if value >= 1 << 63 else value
+        return None
 
     def moved(self, domain: str) -> bytes:
         """This node, in another domain."""
-        fields, kept = Fields(self.body, self.op), []
-        for number, _, _, stop, at in fields.each_field(0, len(self.body)):
-            if number != Fields.number("NodeProto", "domain"):
-                kept.append(self.body[at:stop])
+        fields = Fields(self.body, self.op).each_field(0, len(self.body))
+        kept = [self.body[at:stop] for number, _, _, stop, at in fields if number != _DOMAIN]
         return b"".join(kept) + _text("NodeProto", "domain", domain)
 
 
@@ -55,7 +63,7 @@ def new_node(
             + _number("AttributeProto", "i", number)
             + _number("AttributeProto", "type", _INT)
         )
-        body += _message(Fields.number("NodeProto", "attribute"), attribute)
+        body += _message(_ATTRIBUTE, attribute)
     return body
 
 
@@ -66,71 +74,70 @@ class GraphFile:
     """
 
     def __init__(self, data: bytes, name: str) -> None:
-        self._fields = Fields(data, name)
+        self._fields = fields = Fields(data, name)
         self.nodes: list[Node] = []
         self.outputs: set[str] = set()
         self.domains: set[str] = set()
-        for at in self._parts("ModelProto", "opset_import", 0, len(data)):
-            self.domains |= set(self._texts("OperatorSetIdProto", "domain", *at))
-        for start, stop in self._fields.parts("ModelProto", "graph", 0, len(data)):
-            self.nodes += [self._node(*at) for at in self._parts("GraphProto", "node", start, stop)]
-            for at in self._parts("GraphProto", "output", start, stop):
-                self.outputs |= set(self._texts("ValueInfoProto", "name", *at))
+        self._graph = (0, 0, 0)  # where its field begins, its bytes begin, and they end
+        self._spans: list[tuple[int, int]] = []  # of each node's field
+        for number, wire, start, stop, at in fields.each_field(0, len(data)):
+            if number in (_GRAPH, _OPSETS) and wire != _BYTES:
+                fields.refuse("a message is stored as a number", at)
+            if number == _OPSETS:
+                names = fields.parts("OperatorSetIdProto", "domain", start, stop)
+                self.domains |= {fields.text(span, "a domain") for span in names}
+            elif number == _GRAPH:
+                if self.nodes:
+                    fields.refuse("there are two graphs", at)
+                self._graph = (at, start, stop)
+                self._read(start, stop)
 
-    def _parts(self, kind: str, name: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        return self._fields.parts(kind, name, start, stop)
-
-    def _texts(self, kind: str, name: str, start: int, stop: int) -> tuple[str, ...]:
-        found = self._parts(kind, name, start, stop)
-        return tuple(self._fields.text(at, f"{kind}.{name}") for at in found)
+    def _read(self, start: int, stop: int) -> None:
+        fields = self._fields
+        for number, wire, value, end, at in fields.each_field(start, stop):
+            if number in (_NODE, _OUTPUT) and wire != _BYTES:
+                fields.refuse("a message is stored as a number", at)
+            if number == _NODE:
+                self.nodes.append(self._node(value, end))
+                self._spans.append((at, end))
+            elif number == _OUTPUT:
+                names = fields.parts("ValueInfoProto", "name", value, end)
+                self.outputs |= {fields.text(span, "a name") for span in names}
 
     def _node(self, start: int, stop: int) -> Node:
-        def texts(name: str) -> tuple[str, ...]:
-            return self._texts("NodeProto", name, start, stop)
-
-        numbers: dict[str, int] = {}
-        for at in self._parts("NodeProto", "attribute", start, stop):
-            fields = self._fields.each_field(*at)
-            found = {number: value for number, wire, value, _, _ in fields if wire == 0}
-            if (number := found.get(Fields.number("AttributeProto", "i"))) is not None:
-                names = self._texts("AttributeProto", "name", *at)
-                signed = number - (1 << 64) if number >= 1 << 63 else number
-                numbers |= dict.fromkeys(names, signed)
+        texts: dict[int, list[str]] = {_IN: [], _OUT: [], _OP: [], _DOMAIN: []}
+        for number, wire, value, end, at in self._fields.each_field(start, stop):
+            found = texts.get(number)
+            if found is not None:
+                if wire != _BYTES:
+                    self._fields.refuse("a name is stored as a number", at)
+                found.append(self._fields.text((value, end), "a name"))
         return Node(
-            op="".join(texts("op_type")),
-            domain="".join(texts("domain")),
-            inputs=texts("input"),
-            outputs=texts("output"),
-            numbers=numbers,
-            body=self._fields.data[start:stop],
+            "".join(texts[_OP]),
+            "".join(texts[_DOMAIN]),
+            tuple(texts[_IN]),
+            tuple(texts[_OUT]),
+            self._fields.data[start:stop],
         )
 
     def with_nodes(self, changed: Mapping[int, bytes | None], domain: str) -> bytes:
         """The file with some nodes, by their place in `nodes`, replaced or (None) left out, and
         with `domain` in version 1 among the operator sets that it imports."""
         data = self._fields.data
-        parts: list[bytes] = []
-        place = 0
-        for number, _, start, stop, at in self._fields.each_field(0, len(data)):
-            if number != _GRAPH:
-                parts.append(data[at:stop])
-                continue
-            graph: list[bytes] = []
-            for inner, _, _, end, begin in self._fields.each_field(start, stop):
-                if inner != _NODE:
-                    graph.append(data[begin:end])
-                    continue
-                body = changed.get(place, b"")
-                if body:
-                    graph.append(_message(_NODE, body))
-                elif body is not None:
-                    graph.append(data[begin:end])
-                place += 1
-            parts.append(_message(_GRAPH, b"".join(graph)))
+        begin, place, stop = self._graph
+        graph: list[bytes] = []
+        for number in sorted(changed):
+            at, end = self._spans[number]
+            graph.append(data[place:at])
+            body = changed[number]
+            if body is not None:
+                graph.append(_message(_NODE, body))
+            place = end
+        graph.append(data[place:stop])
         entry = _text("OperatorSetIdProto", "domain", domain)
         entry += _number("OperatorSetIdProto", "version", 1)
-        parts.append(_message(_OPSETS, entry))
-        return b"".join(parts)
+        parts = (data[:begin], _message(_GRAPH, b"".join(graph)), data[stop:])
+        return b"".join(parts) + _message(_OPSETS, entry)
 
 
 def _varint(value: int) -> bytes:

@@ -93,7 +93,7 @@ def _gates(graph: GraphFile) -> dict[int, bytes | None]:
         if last is None or readers[silu] != 1:
             continue
         changed |= dict.fromkeys((place, sigmoid, inner))
-        outputs, axis = graph.nodes[last].outputs, split.numbers.get("axis", 0)
+        outputs, axis = graph.nodes[last].outputs, split.number("axis") or 0
         changed[last] = new_node("GatedSilu", DOMAIN, split.inputs, outputs, axis=axis)
     return changed
 

@@ -252,18 +252,24 @@ class Fields:
             self.fields += 1
             if self.fields > MAX_FIELDS:
                 self.refuse(f"it has more than {MAX_FIELDS:,} fields", at)
-            tag, pos = self.varint(at, end)
+            # Most varints are one byte; a call for each would double the time.
+            if data[at] < 0x80:
+                tag, pos = data[at], at + 1
+            else:
+                tag, pos = self.varint(at, end)
             number, wire = tag >> 3, tag & 7
             if not 1 <= number < 1 << 29:
                 self.refuse(f"a field has the number {number}", at)
             if wire == _VARINT:
-                # Most varints are one byte; a call for each would double the time.
                 if pos < end and data[pos] < 0x80:
                     value, stop = data[pos], pos + 1
                 else:
                     value, stop = self.varint(pos, end)
             elif wire == _BYTES:
-                length, value = self.varint(pos, end)
+                if pos < end and data[pos] < 0x80:
+                    length, value = data[pos], pos + 1
+                else:
+                    length, value = self.varint(pos, end)
                 stop = value + length
             elif wire in (_FIXED64, _FIXED32):
                 value, stop = pos, pos + (8 if wire == _FIXED64 else 4)

@@ -97,6 +97,12 @@ def policies(runner: Runner, rows: list[Arrays]) -> list[Exit]:
     return [rule, *between, least, Exit(1), Exit(loop.iterations)]
 
 
+@pytest.fixture(autouse=True)
+def _onnx_runtimes_kernels(monkeypatch) -> None:
+    """Bits are compared, and kernels of our own are not put into the body of an ONNX Loop."""
+    monkeypatch.setenv("EDGERT_NATIVE", "0")
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("bundle", ["half_solver", "half_cycles"])
 def test_puzzles_end_where_the_host_ends_them(bundle, precision, request, tmp_path):

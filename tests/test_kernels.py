@@ -236,11 +236,12 @@ def test_attention_beside_onnx_runtimes(tmp_path, monkeypatch):
 
 
 @built
-def test_numbers_that_are_none_come_through(tmp_path):
-    """A spoilt state must not look like a sound one."""
+@pytest.mark.parametrize("keys", [slice(40, 41), slice(0, 64), slice(256, 512)])
+def test_numbers_that_are_none_come_through(keys, tmp_path):
+    """A spoilt state must not look like a sound one: a key, all of a tile, all of a part."""
     proto = attention(4, 2, 16, do_rotary=0)
-    values = inputs(4, 2, 16, 90, 1, [80], proto)
-    values["past_k"][0, 1, 40, 3] = np.nan
+    values = inputs(4, 2, 16, 600, 1, [590], proto)
+    values["past_k"][0, 1, keys, 3] = np.nan
     out = run(native_backend(), proto, values, tmp_path)["out"].reshape(4, 16)
     assert np.isfinite(out[:2]).all()
     assert np.isnan(out[2:]).all()
@@ -253,6 +254,7 @@ def test_numbers_that_are_none_come_through(tmp_path):
         ("last", np.array([90], np.int32)),  # beyond the capacity
         ("last", np.array([4, 4], np.int32)),  # another batch
         ("cos", np.zeros((4, 8), np.float32)),  # tables that end before
+        ("sin", np.zeros((4, 8), np.float32)),
     ],
 )
 def test_what_does_not_fit_is_an_error(change, value, tmp_path):

@@ -96,17 +96,17 @@ OrtStatus* Attention<CODES>::compute(OrtKernelContext* context) const {
         return read(*api, context, index, data, shape);
     };
     Call c{};
-    Shape query, key, past, past_v, table, last, scales;
+    Shape query, key, value, past, past_v, table, sines, last, scales, v_scales;
     TRY(in(0, &c.q, &query));
     TRY(in(1, &c.k, &key));
-    TRY(in(2, &c.v));
+    TRY(in(2, &c.v, &value));
     TRY(in(3, &c.past_k, &past));
     TRY(in(4, &c.past_v, &past_v));
     TRY(in(5, &c.last, &last));
     TRY(in(7, &c.cosines, &table));
-    TRY(in(8, &c.sines));
+    TRY(in(8, &c.sines, &sines));
     TRY(in(12, &c.k_scale, &scales));
-    TRY(in(13, &c.v_scale));
+    TRY(in(13, &c.v_scale, &v_scales));
     for (size_t index : {9, 10, 11}) {  // positions, a bias, a sink
         const void* given = nullptr;
         TRY(in(index, &given));
@@ -115,24 +115,25 @@ OrtStatus* Attention<CODES>::compute(OrtKernelContext* context) const {
 
     c.n = query_heads, c.m = kv_heads;
     if (query.rank != 3 || past.rank != 4 || !c.past_v || !c.last) return refuse();
-    if (std::memcmp(past.dims, past_v.dims, sizeof past.dims)) return refuse();
+    if (!(past == past_v)) return refuse();
     c.B = query.dims[0], c.T = query.dims[1], c.C = past.dims[2], c.d = past.dims[3];
     if (past.dims[0] != c.B || past.dims[1] != c.m || c.d % WIDE || c.d < WIDE || c.d > MAX_HEAD)
         return refuse();
     if (c.k) {
         c.q_width = c.n * c.d, c.kv_width = c.m * c.d;
-        if (!c.v || key.rank != 3 || key.dims[2] != c.kv_width) return refuse();
+        const Shape wanted{{c.B, c.T, c.kv_width}, 3};
+        if (!c.v || !(key == wanted) || !(value == wanted)) return refuse();
     } else {  // packed: q | k | v
         c.q_width = c.kv_width = (c.n + 2 * c.m) * c.d;
         c.k = c.q + c.n * c.d, c.v = c.k + c.m * c.d;
     }
     if (query.dims[2] != c.q_width || (last.rank ? last.dims[0] : 1) != c.B) return refuse();
     if (rotary) {
-        if (!c.cosines || !c.sines || table.rank != 2 || 2 * table.dims[1] > c.d) return refuse();
+        if (!c.cosines || !c.sines || !(table == sines) || table.rank != 2 || 2 * table.dims[1] > c.d) return refuse();
         c.half = table.dims[1];
     }
-    if (CODES && (!c.k_scale || !c.v_scale || scales.rank != 4 || scales.dims[1] != c.m ||
-                         scales.dims[3] != c.d))
+    const Shape channels{{1, c.m, 1, c.d}, 4};
+    if (CODES && (!c.k_scale || !c.v_scale || !(scales == channels) || !(v_scales == channels)))
         return refuse();
     for (int64_t b = 0; b < c.B; b++) {
         const int64_t end = c.past(b) + c.T;

@@ -30,7 +30,7 @@ struct Call {
     int64_t tokens, blocks, parts;  // tokens in a block of rows; blocks; parts of the keys
     float* partial;                 // [B, m, blocks, parts, rows, d + 2] if there are several parts
 
-    int64_t past(int64_t b) const { return std::max<int64_t>(0, last[b] + 1 - T); }
+    int64_t past(int64_t b) const { return std::max<int64_t>(0, int64_t{last[b]} + 1 - T); }
     int64_t group() const { return n / m; }
     int64_t stride() const { return tokens * group() * (d + 2); }
 };

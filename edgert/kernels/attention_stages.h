@@ -121,7 +121,7 @@ INLINE void tile(const float* q, const Cell* keys, const Cell* values, int count
         for (int j = WIDE; j < TILE; j += WIDE) top = larger(load(s + j), top);
         float best = most[r];
         for (int j = 0; j < WIDE; j++) best = std::max(best, top[j]);
-        if (best == -INFINITY) {  // sees nothing yet
+        if (!seen[r]) {
             for (int j = 0; j < TILE; j++) s[j] = 0;
             continue;
         }

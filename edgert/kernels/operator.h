@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "ort_api.h"
 
@@ -18,6 +19,9 @@ struct Shape {
         int64_t product = 1;
         for (size_t i = 0; i < rank; i++) product *= dims[i];
         return product;
+    }
+    bool operator==(const Shape& other) const {
+        return rank == other.rank && !std::memcmp(dims, other.dims, sizeof dims);
     }
     int64_t last() const { return rank ? dims[rank - 1] : 1; }
 };

@@ -25,7 +25,10 @@ setup(
     ext_modules=[
         Extension(
             "edgert.kernels._native",
-            [f"{KERNELS}/{name}.cpp" for name in ("attention", "rowwise", "registered")],
+            [
+                f"{KERNELS}/{name}.cpp"
+                for name in ("attention", "products", "rowwise", "registered")
+            ],
             depends=glob(f"{KERNELS}/*.h"),
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-fno-math-errno", *QUIET],
             extra_link_args=["-s"],  # the same bytes wherever it is built

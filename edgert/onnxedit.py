@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from edgert.onnxfile import Fields
 
-_BYTES = 2  # the wire type of what has a length
+_VARINT, _BYTES = 0, 2  # wire types: of integers, of what has a length
 
 _INT = 2  # AttributeProto.AttributeType
 _GRAPH, _OPSETS = (Fields.number("ModelProto", name) for name in ("graph", "opset_import"))
 _NODE, _OUTPUT = (Fields.number("GraphProto", name) for name in ("node", "output"))
+_NAME, _I = (Fields.number("AttributeProto", name) for name in ("name", "i"))
 _IN, _OUT, _OP, _DOMAIN, _ATTRIBUTE = (
     Fields.number("NodeProto", name)
     for name in ("input", "output", "op_type", "domain", "attribute")
@@ -31,17 +32,19 @@ class Node(NamedTuple):
     outputs: tuple[str, ...]
     body: bytes
 
-    def number(self, name: str) -> int | None:
-        """An attribute that is an integer; None if there is none of this name."""
-        fields = Fields(self.body, self.op)
-        for at in fields.parts("NodeProto", "attribute", 0, len(self.body)):
-            names = fields.parts("AttributeProto", "name", *at)
-            if name not in [fields.text(span, "a name") for span in names]:
-                continue
-            for number, wire, value, _, _ in fields.each_field(*at):
-                if (number, wire) == (Fields.number("AttributeProto", "i"), 0):
-                    return value - (1 << 64) if value >= 1 << 63 else value
-        return None
+    def numbers(self) -> dict[str, int]:
+        """Its attributes that are integers, by name."""
+        fields, found = Fields(self.body, self.op), {}
+        for start, stop in fields.parts("NodeProto", "attribute", 0, len(self.body)):
+            name, number = "", None
+            for field, wire, value, end, _ in fields.each_field(start, stop):
+                if (field, wire) == (_NAME, _BYTES):
+                    name = fields.text((value, end), "a name")
+                elif (field, wire) == (_I, _VARINT):
+                    number = value - (1 << 64) if value >= 1 << 63 else value
+            if number is not None:
+                found[name] = number
+        return found
 
     def moved(self, domain: str) -> bytes:
         """This node, in another domain."""

@@ -221,6 +221,7 @@ class OrtBackend(Backend):
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         # Its operators are of the CPU.
         self._native = kernels.library() if device == "cpu" else None
+        self._products = self._native is not None and kernels.multiplies(self._native)
         self._registered = False
         self._use(threads or default_threads())
         # Plans of activation memory per input shape: they save no time here, and cost 12 MB.
@@ -273,7 +274,7 @@ class OrtBackend(Backend):
         """The graph with edgert's own kernels; None if it has no place for them, or is of a kind
         that they are not for (such as float16), or the library does not load here."""
         try:
-            model = kernels.substituted(source.path)
+            model = kernels.substituted(source.path, products=self._products)
         except BadBundle:
             return None  # ONNX Runtime says what it makes of it
         if model is None:

@@ -139,16 +139,21 @@ def onnxruntime(machine: Machine) -> Iterator[Row]:
 
 
 def kernels(machine: Machine) -> Iterator[Row]:
-    from edgert.kernels import library, switched_off
+    from edgert.kernels import library, multiplies, switched_off
 
-    name = "kernels"
+    name, compiled = "kernels", library()
     if switched_off():
         yield Row(name, "EDGERT_NATIVE leaves edgert's own unused", "warning", "unset it")
-    elif library() is None:
+    elif compiled is None:
         do = "for faster steps: install a C++ compiler (apt install g++), then edgert again"
         yield Row(name, "onnxruntime's · edgert's own were not compiled", "missing", do)
     else:
-        yield Row(name, "edgert's own, for attention, norms and gates on the CPU")
+        ours, theirs = "attention, norms, gates", ""
+        if multiplies(compiled):
+            ours += ", int8 and int4 weights"
+        else:
+            theirs = " · onnxruntime's for int8 and int4 weights, faster on this processor"
+        yield Row(name, f"edgert's own for {ours}{theirs}")
 
 
 def libraries(machine: Machine) -> Iterator[Row]:

@@ -1,8 +1,9 @@
 """Kernels of edgert's own for a CPU, where they were compiled.
 
 They are operators for ONNX Runtime: attention over a KV cache (attention.cpp), norms and the gate
-of SwiGLU (rowwise.cpp). A graph file names the standard ones; as it is loaded, those nodes are
-replaced in its bytes, so that one bundle runs with them and without. Compiling is part of
+of SwiGLU (rowwise.cpp), and, on processors for which they are the faster ones, products with
+weights of few bits (products.cpp). A graph file names the standard ones; as it is loaded, those
+nodes are replaced in its bytes, so that one bundle runs with them and without. Compiling is part of
 installing, and optional: without a compiler, ONNX Runtime's kernels are used.
 
 EDGERT_NATIVE=0 leaves them unused.
@@ -10,8 +11,10 @@ EDGERT_NATIVE=0 leaves them unused.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from edgert.files import read_regular
@@ -19,7 +22,7 @@ from edgert.onnxedit import GraphFile, Node, new_node
 from edgert.onnxfile import MAX_FILE_BYTES
 
 DOMAIN = "edgert.kernel"
-REVISION = 1
+REVISION = 2
 """Rises with every change to the bits of a result: a resumed session says that they may differ."""
 
 _SAME = {  # inputs, outputs and attributes are those of ONNX Runtime's
@@ -40,21 +43,41 @@ def library() -> Path | None:
     return next(iter(sorted(Path(__file__).parent.glob("_native*.so"))), None)
 
 
-def substituted(path: Path) -> bytes | None:
+@cache
+def multiplies(library: Path) -> bool:
+    """Whether this processor is one for which our products are faster than ONNX Runtime's."""
+    try:
+        return bool(ctypes.CDLL(str(library)).edgert_products())
+    except OSError:  # compiled for another processor or system
+        return False
+
+
+def substituted(path: Path, *, products: bool = False) -> bytes | None:
     """A graph file's bytes with our operators; None for a graph in which they have no place.
 
+    products  those with weights of few bits as well
     Raises BadBundle for a file that is no ONNX graph.
     """
     graph = GraphFile(read_regular(path, MAX_FILE_BYTES), str(path))
     changed: dict[int, bytes | None] = {
         place: node.moved(DOMAIN)
         for place, node in enumerate(graph.nodes)
-        if (node.domain, node.op) in _SAME
+        if (node.domain, node.op) in _SAME or (products and _is_product(node))
     }
     changed |= _gates(graph)
     if not changed or DOMAIN in graph.domains:  # the latter is none of our exporter's
         return None
     return graph.with_nodes(changed, DOMAIN)
+
+
+def _is_product(node: Node) -> bool:
+    """A product that may round its activations, with zero points, if any, beside its scales; not
+    one with an order of its inputs, or a bias."""
+    if (node.domain, node.op) != ("com.microsoft", "MatMulNBits") or any(node.inputs[4:]):
+        return False
+    numbers = node.numbers()
+    block = numbers.get("block_size", 0)
+    return numbers.get("accuracy_level") == 4 and block >= 32 and block % 32 == 0
 
 
 def _gates(graph: GraphFile) -> dict[int, bytes | None]:
@@ -93,7 +116,7 @@ def _gates(graph: GraphFile) -> dict[int, bytes | None]:
         if last is None or readers[silu] != 1:
             continue
         changed |= dict.fromkeys((place, sigmoid, inner))
-        outputs, axis = graph.nodes[last].outputs, split.number("axis") or 0
+        outputs, axis = graph.nodes[last].outputs, split.numbers().get("axis", 0)
         changed[last] = new_node("GatedSilu", DOMAIN, split.inputs, outputs, axis=axis)
     return changed
 

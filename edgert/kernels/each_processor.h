@@ -5,14 +5,4 @@ namespace any_processor {
 #include STAGES
 }
 
-#ifdef EDGERT_HAS_AVX2
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#define EDGERT_AVX2
-namespace avx2 {
-#include "vector.h"
-#include STAGES
-}
-#undef EDGERT_AVX2
-#pragma GCC pop_options
-#endif
+#include "avx2_processor.h"

@@ -23,7 +23,7 @@ constexpr uint32_t ORT_API_VERSION = 23;        // of the oldest ONNX Runtime th
 constexpr uint32_t ORT_CUSTOM_OP_VERSION = 18;  // the last that changed OrtCustomOp below
 
 enum OrtErrorCode { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
-enum OrtElementType { ORT_FLOAT = 1, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7 };
+enum OrtElementType { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_INT32 = 6, ORT_INT64 = 7 };
 enum OrtCharacteristic { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 };
 
 struct OrtApi {

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #if defined(__x86_64__) && !defined(__clang__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define EDGERT_HAS_AVX2
 inline const bool AVX2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -15,6 +15,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
         TRY(api->create_domain("edgert.kernel", &fresh));
         TRY(register_attention(*api, fresh));
         TRY(register_rowwise(*api, fresh));
+        TRY(register_products(*api, fresh));
         domain = fresh;
     }
     return api->add_domain(options, domain);

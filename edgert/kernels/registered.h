@@ -5,4 +5,5 @@
 #include "ort_api.h"
 
 OrtStatus* register_attention(const OrtApi& api, OrtCustomOpDomain* domain);
+OrtStatus* register_products(const OrtApi& api, OrtCustomOpDomain* domain);
 OrtStatus* register_rowwise(const OrtApi& api, OrtCustomOpDomain* domain);

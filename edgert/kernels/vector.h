@@ -39,16 +39,27 @@ INLINE float sum(const Vec& v) {
 }
 
 INLINE Four halves(const Vec& v) {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    Four half[2];
+    std::memcpy(half, &v, sizeof v);
+    return half[0] + half[1];
 }
+
+// GCC before 12 lacks the builtin that Clang has as well.
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Places __attribute__((vector_size(16)));
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, Places{__VA_ARGS__})
+#endif
 
 // The sums of four vectors, side by side.
 INLINE Four sums(const Vec* v) {
     const Four a = halves(v[0]), b = halves(v[1]), c = halves(v[2]), d = halves(v[3]);
-    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const Four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    const Four ab = SHUFFLED(a, b, 0, 4, 1, 5) + SHUFFLED(a, b, 2, 6, 3, 7);
+    const Four cd = SHUFFLED(c, d, 0, 4, 1, 5) + SHUFFLED(c, d, 2, 6, 3, 7);
+    return SHUFFLED(ab, cd, 0, 1, 4, 5) + SHUFFLED(ab, cd, 2, 3, 6, 7);
 }
+#undef SHUFFLED
 
 // e^x for x <= 0, to two units in the last place, and as good as 0 below -87; NaN stays what it is.
 // Cephes' polynomial of degree 5.

@@ -26,13 +26,13 @@ from edgert.puzzles import checked_ids, checked_rows, open_tables
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
 from edgert.session import Prompt, Session
-from edgert.solving import BATCH, Look, Solving
 from edgert.spec import Manifest
-from edgert.tasks import Task, find
 from edgert.tokenizer import Tokenizer, load_tokenizer
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # and as they are needed: a decoder's start does not wait for them
     from edgert.direct import Call
+    from edgert.solving import Look, Solving
+    from edgert.tasks import Task
     from edgert.tracing import TraceStep
 
 MAX_REPORT = 1 << 20
@@ -161,6 +161,8 @@ class Model:
     def task(self) -> Task:
         """What its puzzles are. Raises UsageError of a model that says nothing about it, or names
         what this version does not know; BadBundle if they have not its size."""
+        from edgert.tasks import find
+
         if self.manifest.task is None:
             raise UsageError(
                 "this bundle does not say what its puzzles are",
@@ -184,7 +186,7 @@ class Model:
         *,
         number: ArrayLike = 0,
         halt: str | None = None,
-        batch: int = BATCH,
+        batch: int = 32,
         deadline_ms: float | None = None,
         on_step: Callable[[Look], object] | None = None,
         logits: bool = False,
@@ -198,6 +200,8 @@ class Model:
         batch    puzzles in the loop at once; answers do not depend on it
         The rest as `Solving`. Raises UsageError for what this model cannot do.
         """
+        from edgert.solving import Solving
+
         self.check_solves()
         if isinstance(puzzles, str):
             puzzles = [puzzles]
@@ -355,11 +359,11 @@ def load(
     one pool for all), MissingDependency.
     """
     bundle = Bundle.open(Path(path), True if verify else "stamp", progress)
+    tokenizer = tokenizer_beside(bundle)
     backend = open_backend(device, threads=threads, prepack=prepack)
     try:
         asked = precision, lowering, variant, kv
         chosen = choose_variant(bundle.manifest, device, *asked, ready=backend.ready)
-        tokenizer = tokenizer_beside(bundle)
         return Model(bundle, Runner(bundle, chosen, backend), tokenizer)
     except BaseException:
         backend.close()

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 
-from numpy.random import Philox
-
 from edgert.errors import UsageError
 
 LIMIT = 2**64
@@ -24,6 +22,8 @@ def uniform(seed: int, position: int, stream: int = 0) -> float:
 
     Raises UsageError for an argument outside that range.
     """
+    from numpy.random import Philox  # takes 10 ms to import, and greedy answers draw nothing
+
     for name, value in (("seed", seed), ("position", position), ("stream", stream)):
         if not 0 <= value < LIMIT:
             raise UsageError(

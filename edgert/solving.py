@@ -32,9 +32,6 @@ from edgert.vault import key_from
 if TYPE_CHECKING:
     from edgert.model import Model
 
-BATCH = 32
-"""Rows in the loop at most, unless told otherwise."""
-
 
 @dataclass(frozen=True)
 class Solution:
@@ -102,7 +99,7 @@ class Solving:
         rows: NDArray[np.int64],
         exit: Exit,
         *,
-        batch: int = BATCH,
+        batch: int = 32,
         deadline_ms: float | None = None,
         on_step: Callable[[Look], object] | None = None,
         logits: bool = False,

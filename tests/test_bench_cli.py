@@ -101,7 +101,7 @@ def test_another_bundle_does_not_have_the_references_answer(run, measured, tmp_p
     from edgert.export.write import ExportOptions, export_bundle
 
     other = tmp_path / "other"
-    export_bundle(imported(decoder()), other, ExportOptions())
+    export_bundle(imported(decoder()), other, ExportOptions(lowerings=("ort",)))
     result = run(
         *("bench", other, *SHORT, "--no-cold-start", "--reference", measured["output_sha256"])
     )

@@ -40,11 +40,13 @@ BOTH_FORMS = [pytest.param((case, case.name in UNROLLED), id=case.name) for case
 
 
 @pytest.fixture(scope="module", params=BOTH_FORMS)
-def published(request, tmp_path_factory, model_a_bundle) -> tuple[Case, Path]:
+def published(request, tmp_path_factory, model_a_bundle, looped_bundle) -> tuple[Case, Path]:
     """A case and its bundle."""
     case, unrolled = request.param
     if case.name == "model_a":
         return case, model_a_bundle
+    if case.name == "model_d":
+        return case, looped_bundle
     out = tmp_path_factory.mktemp("published") / case.name
     lowerings = ("ort",) if case.name in FUSED_ONLY and not unrolled else ("ort", "portable")
     export_bundle(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,10 @@ def test_a_given_tokenizer_must_exist(tmp_path: Path) -> None:
     """A wrong path is the user's argument, not a broken file."""
     with pytest.raises(UsageError, match="there is no file .*absent.json"):
         load_source(CHECKPOINT, tokenizer=tmp_path / "absent.json")
+
+
+def test_merges_are_written_in_the_form_that_is_read_fastest() -> None:
+    """And the library makes the same of it as of pairs."""
+    text = read(metadata("gpt-2")).json or ""
+    assert json.loads(text)["model"]["merges"][:2] == ["Ġ t", "h e"]
+    assert json.loads(Tokenizer.from_str(text).to_str())["model"]["merges"][1] == ["h", "e"]

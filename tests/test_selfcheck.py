@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cases import HERE
 from onnx import helper, numpy_helper
 from wheels import ROOT
 
@@ -26,16 +25,6 @@ from edgert.selfcheck import sessions, speed
 
 SOLVER = ROOT / "examples" / "hrm-sudoku4"
 NAMES = ["files", "parity", "halting", "session", "latency", "power"]
-
-
-@pytest.fixture(scope="module")
-def looped_bundle(tmp_path_factory) -> Path:
-    """Case hagi/model_d, stepped and unrolled, in both lowerings."""
-    from edgert.export.pipeline import export_source
-
-    out = tmp_path_factory.mktemp("looped") / "model-d"
-    export_source(next((HERE / "hagi" / "model_d").glob("step-*.pt")), out, unrolled=True)
-    return out
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import HERE, Case, assert_close
-from smollm2 import NEEDS_MODEL, exported, published
+from smollm2 import BOTH, NEEDS_MODEL, exported, published
 from wheels import ROOT
 
 import edgert
@@ -33,7 +33,7 @@ TOKENS = 40
 MARGIN = 1e-3
 """Where the two best logits are nearer than this, either may win: summation order decides."""
 
-lowerings = pytest.mark.parametrize("lowering", ["ort", "portable"])
+lowerings = pytest.mark.parametrize("lowering", BOTH)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,11 @@ def margins(logits: np.ndarray) -> np.ndarray:
 
 @lowerings
 def test_logits_equal_transformers_along_its_own_continuation(
-    bundle, continuations, lowering
+    tmp_path_factory, continuations, lowering
 ) -> None:
     """Teacher-forced: every position's logits, and the best token wherever there is a clear one."""
     unclear = positions = 0
-    with edgert.load(bundle, lowering=lowering) as model:
+    with edgert.load(exported(tmp_path_factory, lowering), lowering=lowering) as model:
         for prompt, (ids, want) in zip(PROMPTS, continuations, strict=True):
             got = model.logits([ids])[0]
             assert_close(got, want, atol=2e-3, rtol=1e-4, where=prompt)
@@ -86,10 +86,10 @@ def test_logits_equal_transformers_along_its_own_continuation(
 
 
 @lowerings
-def test_free_running_tokens_equal_transformers(bundle, continuations, lowering) -> None:
+def test_free_running_tokens_equal_transformers(tmp_path_factory, continuations, lowering) -> None:
     """40 greedy tokens for each prompt, up to the first step that has no clear winner."""
     compared = 0
-    with edgert.load(bundle, lowering=lowering) as model:
+    with edgert.load(exported(tmp_path_factory, lowering), lowering=lowering) as model:
         for prompt, (ids, logits) in zip(PROMPTS, continuations, strict=True):
             start = len(ids) - TOKENS
             clear = margins(logits[start - 1 : -1]) > MARGIN

@@ -144,7 +144,9 @@ def test_a_run_may_be_killed_at_any_step(uninterrupted, tmp_path, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.full), signal.SIGTERM]
+)
 def test_a_signal_ends_with_a_checkpoint_and_130(uninterrupted, tmp_path, number):
     """Behind the current step; what was saved goes on to the same end."""
     path, whole = uninterrupted
@@ -282,7 +284,7 @@ def torchrun(*arguments: object) -> Result:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("looped", [True, False])
+@pytest.mark.parametrize("looped", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_two_processes_learn_what_one_does(tmp_path, looped):
     """torchrun with gloo: each takes its rows of the same batches; losses agree to rounding.
 

@@ -687,6 +687,25 @@ def test_the_content_decides_and_not_the_name(case: Case, tmp_path: Path) -> Non
         assert same(read_hrm(path), read_hrm(case.checkpoint))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_archive_whose_entry_is_not_all_there_is_not_claimed(
+    packed: bool, tmp_path: Path
+) -> None:
+    """The directory says more bytes than the file has; or bytes that are not what they unpack to,
+    which torch never writes. Found by fuzzing."""
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"H_level.layers.")
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    if packed:
+        data[entry + 10] = zipfile.ZIP_DEFLATED
+    else:
+        data[entry + 20 : entry + 28] = (5_000).to_bytes(4, "little") * 2
+    path.write_bytes(data)
+    assert not is_hrm(path)
+
+
 def test_what_is_not_hrm_is_not_claimed(tmp_path: Path) -> None:
     assert not is_hrm(HAGI.checkpoint)
     assert not is_hrm(tmp_path)

@@ -68,6 +68,12 @@ def test_an_unknown_task_is_refused(name: str) -> None:
         find(name)
 
 
+def test_a_long_name_is_not_said_again() -> None:
+    with pytest.raises(UsageError, match="there is no task") as caught:
+        find("a" * 30_000)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("shape", [(1, 4), (4, 1), (0, 3), (3, 4), (5, 2), (-2, -2)])
 def test_other_shapes_of_boxes_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(UsageError, match=r"boxes of -?\d x -?\d cells are not supported"):

@@ -46,6 +46,6 @@ def find(name: str) -> Task:
     if name in boards:
         return boards[name]
     raise UsageError(
-        f"there is no task {ascii(name)}",
+        f"there is no task {name!a:.80}",
         do=f"the tasks are {', '.join(boards)}, maze-<rows>x<columns> and arc-30x30",
     )

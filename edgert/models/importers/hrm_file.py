@@ -43,8 +43,10 @@ def is_hrm(path: Path) -> bool:
             pickles = [e for e in archive.infolist() if e.filename.endswith("/data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
                 return False
+            if pickles[0].compress_type != zipfile.ZIP_STORED:  # torch.save packs nothing
+                return False
             content = archive.read(pickles[0])
-    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile):
         return False
     return any(mark in content for mark in _MARKS)
 

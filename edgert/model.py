@@ -22,7 +22,7 @@ from edgert.files import read_regular
 from edgert.generate import Generation, Stream, check_ids
 from edgert.halting import AUTO, REPORT, parse_halt
 from edgert.programs import solves_puzzles
-from edgert.puzzles import checked_ids, checked_rows, open_tables
+from edgert.puzzles import BATCH, checked_ids, checked_rows, open_tables
 from edgert.runner import Runner
 from edgert.sampler import SamplingParams
 from edgert.session import Prompt, Session
@@ -186,7 +186,7 @@ class Model:
         *,
         number: ArrayLike = 0,
         halt: str | None = None,
-        batch: int = 32,
+        batch: int = BATCH,
         deadline_ms: float | None = None,
         on_step: Callable[[Look], object] | None = None,
         logits: bool = False,

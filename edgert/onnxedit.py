@@ -37,8 +37,10 @@ class Node(NamedTuple):
         fields, found = Fields(self.body, self.op), {}
         for start, stop in fields.parts("NodeProto", "attribute", 0, len(self.body)):
             name, number = "", None
-            for field, wire, value, end, _ in fields.each_field(start, stop):
-                if (field, wire) == (_NAME, _BYTES):
+            for field, wire, value, end, at in fields.each_field(start, stop):
+                if field == _NAME:
+                    if wire != _BYTES:
+                        fields.refuse("a name is stored as a number", at)
                     name = fields.text((value, end), "a name")
                 elif (field, wire) == (_I, _VARINT):
                     number = value - (1 << 64) if value >= 1 << 63 else value

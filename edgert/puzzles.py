@@ -16,6 +16,9 @@ from edgert.state import stored_array
 if TYPE_CHECKING:
     from edgert.model import Model
 
+BATCH = 32
+"""Rows in the loop at most, unless told otherwise."""
+
 
 def checked_ids(model: Model, puzzles: ArrayLike) -> NDArray[np.int32]:
     """Cells int [n, S] or [S] of puzzles -> int32 [n, S]. Raises UsageError."""

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from edgert.backends.base import Array
 from edgert.errors import Poisoned, UsageError
 from edgert.exits import Exit
-from edgert.puzzles import inputs_of
+from edgert.puzzles import BATCH, inputs_of
 from edgert.slots import Entrance, Slots
 from edgert.solvingfile import Seats, write_solving
 from edgert.vault import key_from
@@ -99,7 +99,7 @@ class Solving:
         rows: NDArray[np.int64],
         exit: Exit,
         *,
-        batch: int = 32,
+        batch: int = BATCH,
         deadline_ms: float | None = None,
         on_step: Callable[[Look], object] | None = None,
         logits: bool = False,

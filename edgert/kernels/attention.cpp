@@ -163,9 +163,7 @@ OrtStatus* Attention<CODES>::compute(OrtKernelContext* context) const {
     }
 
     const auto run = [&](void (*stage)(void*, size_t), int64_t count, bool alone) -> OrtStatus* {
-        if (!alone) return api->parallel_for(context, stage, count, 0, &c);
-        for (int64_t i = 0; i < count; i++) stage(&c, i);
-        return nullptr;
+        return each_piece(*api, context, stage, count, alone, &c);
     };
     TRY(run(CODES ? CHOSEN(append_codes) : CHOSEN(append_float), heads, c.T < 16));
     TRY(run(CODES ? CHOSEN(attend_codes) : CHOSEN(attend_float), pieces, heads * c.T * length < ALONE));

@@ -71,6 +71,16 @@ T attribute(const OrtApi& api, const OrtKernelInfo* info, const char* name, T ot
     return otherwise;
 }
 
+// The pieces of a call: in this thread if they are so little that waking another costs more, else
+// side by side, in `batches` parts (0: as many as there are threads).
+inline OrtStatus* each_piece(const OrtApi& api, const OrtKernelContext* context,
+                             void (*stage)(void*, size_t), int64_t count, bool alone, void* call,
+                             int64_t batches = 0) {
+    if (!alone) return api.parallel_for(context, stage, count, batches, call);
+    for (int64_t i = 0; i < count; i++) stage(call, i);
+    return nullptr;
+}
+
 struct Port {
     OrtElementType type;
     OrtCharacteristic kind = ORT_REQUIRED;

@@ -89,16 +89,9 @@ struct Products {
         if (static_cast<int64_t>(rounded.size()) < c.M * padded) rounded.resize(c.M * padded);
         if (static_cast<int64_t>(steps.size()) < c.M) steps.resize(c.M);
         c.rounded = rounded.data(), c.steps = steps.data();
-        const auto run = [&](void (*stage)(void*, size_t), int64_t count, int64_t batches) -> OrtStatus* {
-            if (c.M * N * K >= ALONE) return api->parallel_for(context, stage, count, batches, &c);
-            for (int64_t i = 0; i < count; i++) stage(&c, i);
-            return nullptr;
-        };
-        const auto round = bits == 4 ? avx2::round_split : avx2::round_straight;
-        if (c.M < FEW)
-            for (int64_t i = 0; i < c.M; i++) round(&c, i);
-        else
-            TRY(run(round, c.M, 0));
+        const bool alone = c.M * N * K < ALONE;
+        TRY(each_piece(*api, context, bits == 4 ? avx2::round_split : avx2::round_straight, c.M,
+                       alone || c.M < FEW, &c));
         c.chunk = c.M;
         c.panel = c.M < FEW ? 16 : 32;
         c.panels = (N + c.panel - 1) / c.panel;
@@ -107,7 +100,8 @@ struct Products {
             c.chunk = (c.M + parts - 1) / parts;
         }
         const int64_t pieces = c.panels * ((c.M + c.chunk - 1) / c.chunk);
-        return run(bits == 4 ? avx2::multiply_4 : avx2::multiply_8, pieces, c.M < FEW ? 0 : pieces);
+        return each_piece(*api, context, bits == 4 ? avx2::multiply_4 : avx2::multiply_8, pieces, alone,
+                          &c, c.M < FEW ? 0 : pieces);
     }
 };
 

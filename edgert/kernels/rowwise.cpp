@@ -42,9 +42,7 @@ OrtStatus* run(const OrtApi& api, const OrtKernelContext* context, void (*stage)
     if (!rows.count || !rows.width) return nullptr;
     rows.each = std::max<int64_t>(1, PIECE / rows.width);
     const int64_t pieces = (rows.count + rows.each - 1) / rows.each;
-    if (pieces > 1) return api.parallel_for(context, stage, pieces, 0, &rows);
-    stage(&rows, 0);
-    return nullptr;
+    return each_piece(api, context, stage, pieces, pieces == 1, &rows);
 }
 
 struct Epsilon {

@@ -14,7 +14,14 @@ from setuptools import Extension, find_packages, setup
 
 RECIPE_FOLDERS = ("export", "engines")
 KERNELS = "edgert/kernels"
-QUIET = ["-fvisibility=hidden", "-Wno-psabi", "-Wno-unused-function"]
+OPTIONS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
+QUIET = [
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-Wno-unused-function",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 
 setup(
     packages=[
@@ -30,7 +37,7 @@ setup(
                 for name in ("attention", "products", "rowwise", "registered")
             ],
             depends=glob(f"{KERNELS}/*.h"),
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fno-math-errno", *QUIET],
+            extra_compile_args=[*OPTIONS, *QUIET],
             extra_link_args=["-s"],  # the same bytes wherever it is built
             language="c++",
             optional=True,

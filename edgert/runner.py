@@ -24,7 +24,7 @@ from edgert.programs import check_program, solves_puzzles
 from edgert.spec import endpoints
 from edgert.state import States, bucket
 
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 256
 """Tokens fed at once: bounds the attention scores, and how late a cancel is heard."""
 
 SCORE_CHUNK = 64

@@ -44,7 +44,7 @@ A flag's is `1` or `0`; one of an option that may be repeated holds its values s
 | variable | what it does |
 |---|---|
 | `EDGERT_CACHE_DIR` | where the cache is; else `$XDG_CACHE_HOME/edgert`, else `~/.cache/edgert` |
-| `EDGERT_NATIVE` | 0: leave edgert's own kernels unused, and compute by ONNX Runtime's alone |
+| `EDGERT_NATIVE` | 0: leave edgert's own kernels unused; avx2, avx512: whatever is newer |
 | `EDGERT_PASSPHRASE` | the passphrase of encrypted sessions, without being asked for it |
 | `NO_COLOR` | no colours |"""
 

@@ -173,6 +173,9 @@ CASES = {
     "separate keys": (4, 2, 40, 90, 3, [70], {"rotary": 0, "packed": False}),
     "many heads of one": (64, 1, 8, 200, 3, [150], {"interleaved": 1}),
     "one head each": (5, 5, 48, 100, 9, [64], {"interleaved": 0}),
+    "chunks of wide heads": (8, 2, 128, 420, 50, [3, 300], {"interleaved": 0}),
+    "as few as tiles take": (4, 4, 64, 90, 16, [0, 70], {"rotary": 0, "packed": False}),
+    "wider than tiles take": (2, 1, 320, 60, 20, [7], {"interleaved": 1}),
 }
 
 
@@ -236,15 +239,16 @@ def test_attention_beside_onnx_runtimes(tmp_path, monkeypatch):
 
 
 @built
+@pytest.mark.parametrize("tokens", [1, 40])
 @pytest.mark.parametrize("keys", [slice(40, 41), slice(0, 64), slice(256, 512)])
-def test_numbers_that_are_none_come_through(keys, tmp_path):
+def test_numbers_that_are_none_come_through(keys, tokens, tmp_path):
     """A spoilt state must not look like a sound one: a key, all of a tile, all of a part."""
-    proto = attention(4, 2, 16, do_rotary=0)
-    values = inputs(4, 2, 16, 600, 1, [590], proto)
+    proto = attention(4, 2, 64, do_rotary=0)
+    values = inputs(4, 2, 64, 640, tokens, [590], proto)
     values["past_k"][0, 1, keys, 3] = np.nan
-    out = run(native_backend(), proto, values, tmp_path)["out"].reshape(4, 16)
-    assert np.isfinite(out[:2]).all()
-    assert np.isnan(out[2:]).all()
+    out = run(native_backend(), proto, values, tmp_path)["out"].reshape(tokens, 4, 64)
+    assert np.isfinite(out[:, :2]).all()
+    assert np.isnan(out[:, 2:]).all()
 
 
 @built

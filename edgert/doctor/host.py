@@ -139,7 +139,7 @@ def onnxruntime(machine: Machine) -> Iterator[Row]:
 
 
 def kernels(machine: Machine) -> Iterator[Row]:
-    from edgert.kernels import library, multiplies, switched_off
+    from edgert.kernels import instructions, library, multiplies, switched_off
 
     name, compiled = "kernels", library()
     if switched_off():
@@ -153,7 +153,8 @@ def kernels(machine: Machine) -> Iterator[Row]:
             ours += ", int8 and int4 weights"
         else:
             theirs = " · onnxruntime's for int8 and int4 weights, faster on this processor"
-        yield Row(name, f"edgert's own for {ours}{theirs}")
+        by = instructions(compiled)
+        yield Row(name, f"edgert's own for {ours}{f' · {by}' if by else ''}{theirs}")
 
 
 def libraries(machine: Machine) -> Iterator[Row]:

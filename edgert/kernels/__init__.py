@@ -6,7 +6,7 @@ weights of few bits (products.cpp). A graph file names the standard ones; as it 
 nodes are replaced in its bytes, so that one bundle runs with them and without. Compiling is part of
 installing, and optional: without a compiler, ONNX Runtime's kernels are used.
 
-EDGERT_NATIVE=0 leaves them unused.
+EDGERT_NATIVE=0 leaves them unused; `avx2` and `avx512` leave instructions unused that are newer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgert.onnxedit import GraphFile, Node, new_node
 from edgert.onnxfile import MAX_FILE_BYTES
 
 DOMAIN = "edgert.kernel"
-REVISION = 2
+REVISION = 3
 """Rises with every change to the bits of a result: a resumed session says that they may differ."""
 
 _SAME = {  # inputs, outputs and attributes are those of ONNX Runtime's
@@ -50,6 +50,17 @@ def multiplies(library: Path) -> bool:
         return bool(ctypes.CDLL(str(library)).edgert_products())
     except OSError:  # compiled for another processor or system
         return False
+
+
+@cache
+def instructions(library: Path) -> str:
+    """The newest instructions of this processor that the kernels use, "" for those of every one."""
+    try:
+        name = ctypes.CDLL(str(library)).edgert_instructions
+    except OSError:
+        return ""
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
 
 
 def substituted(path: Path, *, products: bool = False) -> bytes | None:

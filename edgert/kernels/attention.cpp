@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "attention_call.h"
 #include "operator.h"
@@ -27,6 +28,31 @@ thread_local std::vector<float> scratch, partials;
 
 #define STAGES "attention_stages.h"
 #include "each_processor.h"
+
+#ifdef EDGERT_HAS_AMX
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
+namespace avx512 {
+#include "transpose.h"
+#include "amx.h"
+#include "attention_tiles.h"
+}
+#pragma GCC pop_options
+#endif
+
+typedef void (*Stage)(void*, size_t);
+
+// The way to attend that this processor has for such a call.
+template <bool CODES>
+Stage attending(const Call& c) {
+#ifdef EDGERT_HAS_AMX
+    if (AMX && c.T >= 16 && c.d % 64 == 0 && c.d <= 256) return CODES ? avx512::many_codes : avx512::many_float;
+#endif
+#ifdef EDGERT_HAS_AVX2
+    if (AVX2 && c.d % avx512::WIDE) return CODES ? avx2::attend_codes : avx2::attend_float;
+#endif
+    return CODES ? CHOSEN(attend_codes) : CHOSEN(attend_float);
+}
 
 // Parts of the keys -> the result, for one KV head; a decode step's rows are those of one token.
 void merge(const Call& c, int64_t head) {
@@ -162,11 +188,11 @@ OrtStatus* Attention<CODES>::compute(OrtKernelContext* context) const {
         c.partial = partials.data();
     }
 
-    const auto run = [&](void (*stage)(void*, size_t), int64_t count, bool alone) -> OrtStatus* {
+    const auto run = [&](Stage stage, int64_t count, bool alone) -> OrtStatus* {
         return each_piece(*api, context, stage, count, alone, &c);
     };
     TRY(run(CODES ? CHOSEN(append_codes) : CHOSEN(append_float), heads, c.T < 16));
-    TRY(run(CODES ? CHOSEN(attend_codes) : CHOSEN(attend_float), pieces, heads * c.T * length < ALONE));
+    TRY(run(attending<CODES>(c), pieces, heads * c.T * length < ALONE));
     if (c.parts > 1)
         for (int64_t i = 0; i < heads; i++) merge(c, i);
     return nullptr;

@@ -10,7 +10,7 @@
 
 constexpr int TILE = 64;        // keys whose scores are at hand at once
 constexpr int64_t CHUNK = 256;  // keys of a part in a decode step; a multiple of TILE
-constexpr int ROWS = 32;        // queries of a part, about: those of as many tokens as fit
+constexpr int ROWS = 96;        // queries of a part, about: those of as many tokens as fit
 constexpr int WIDE = 8;         // floats in a vector; head sizes are multiples of it
 constexpr int64_t MAX_HEAD = 1024;
 

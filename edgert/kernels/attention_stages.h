@@ -8,6 +8,8 @@
 //
 // Source: FlashAttention-2 (arXiv 2307.08691).
 
+constexpr int AT_ONCE = WIDE == 16 ? 6 : 3;  // rows whose sums with four keys the registers hold
+
 INLINE void turn(const Call& c, int64_t position, const float* x, float* y) {
     const float* cosine = c.cosines + position * c.half;
     const float* sine = c.sines + position * c.half;
@@ -58,7 +60,7 @@ template <int R, typename Cell>
 INLINE void dots(const float* q, const Cell* keys, int64_t d, float* scores) {
     Vec total[R][4] = {};
     for (int64_t i = 0; i < d; i += WIDE) {
-        Vec query[R];  // with twelve sums and a key, sixteen registers
+        Vec query[R];  // with 4 R sums and a key, sixteen registers, or 32
         for (int r = 0; r < R; r++) query[r] = load(q + r * d + i);
         for (int j = 0; j < 4; j++) {
             const Vec key = load(keys + j * d + i);
@@ -81,6 +83,23 @@ INLINE void score(const float* q, const Cell* keys, int count, int64_t d, float*
             for (int64_t i = 0; i < d; i += WIDE) total += load(q + r * d + i) * load(keys + j * d + i);
             scores[r * TILE + j] = sum(total);
         }
+}
+
+// The same with keys that lie channel by channel, [d, TILE]: no sum is over lanes.
+template <int R>
+INLINE void score_across(const float* q, const float* keys, int64_t d, float* scores) {
+    constexpr int N = 4;
+    for (int j = 0; j < TILE; j += N * WIDE) {
+        Vec total[R][N] = {};
+        for (int64_t i = 0; i < d; i++) {
+            Vec key[N];
+            for (int n = 0; n < N; n++) key[n] = load(keys + i * TILE + j + n * WIDE);
+            for (int r = 0; r < R; r++)
+                for (int n = 0; n < N; n++) total[r][n] += all(q[r * d + i]) * key[n];
+        }
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < N; n++) store(scores + r * TILE + j + n * WIDE, total[r][n]);
+    }
 }
 
 // Add weighted values, N vectors of channels of R rows.
@@ -108,12 +127,16 @@ INLINE void blend(const float* weights, const Cell* values, int count, int64_t d
     for (; i < d; i += WIDE) mix<R, 1>(weights, values + i, count, d, sums + i);
 }
 
-// Softmax of R rows goes on over a tile; row r sees `seen[r]` of its keys.
-template <int R, typename Cell>
+// Softmax of R rows goes on over a tile; row r sees `seen[r]` of its keys, which lie channel by channel
+// if ACROSS.
+template <int R, bool ACROSS, typename Cell>
 INLINE void tile(const float* q, const Cell* keys, const Cell* values, int count, int64_t d,
                  const int* seen, float* most, float* total, float* sums) {
-    alignas(32) float scores[R * TILE];
-    score<R>(q, keys, count, d, scores);
+    alignas(64) float scores[R * TILE];
+    if constexpr (ACROSS)
+        score_across<R>(q, keys, d, scores);
+    else
+        score<R>(q, keys, count, d, scores);
     for (int r = 0; r < R; r++) {
         float* s = scores + r * TILE;
         for (int j = seen[r]; j < TILE; j++) s[j] = -INFINITY;
@@ -141,45 +164,89 @@ INLINE void tile(const float* q, const Cell* keys, const Cell* values, int count
     blend<R>(scores, values, count, d, sums);
 }
 
+// `tile` of as many rows.
+template <int R, bool ACROSS, typename Cell>
+INLINE void tiles(int rows, const float* q, const Cell* keys, const Cell* values, int count, int64_t d,
+                  const int* seen, float* most, float* total, float* sums) {
+    if (rows == R) return tile<R, ACROSS>(q, keys, values, count, d, seen, most, total, sums);
+    if constexpr (R > 1) tiles<R - 1, ACROSS>(rows, q, keys, values, count, d, seen, most, total, sums);
+}
+
+INLINE const float* as_floats(const float* values, int64_t, float*) { return values; }
+INLINE const float* as_floats(const int8_t* codes, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += WIDE) store(to + i, load(codes + i));
+    return to;
+}
+
+// Keys [count, d] -> [d, TILE], zeros behind them.
+template <typename Cell>
+INLINE void turned_over(const Cell* keys, int count, int64_t d, float* to) {
+    for (int64_t i = 0; i < d; i++) {
+        for (int j = 0; j < count; j++) to[i * TILE + j] = keys[j * d + i];
+        for (int j = count; j < TILE; j++) to[i * TILE + j] = 0;
+    }
+}
+
+// The rows of one piece of the work, and the keys that they are attended with.
+struct Part {
+    int64_t g, number, block, head, b, h, from, to, past, rows, first, end;
+
+    INLINE Part(const Call& c, int64_t index)
+        : g(c.group()), number(index % c.parts), block(index / c.parts % c.blocks), head(index / c.parts / c.blocks) {
+        b = head / c.m, h = head % c.m, from = block * c.tokens, to = std::min(c.T, from + c.tokens);
+        past = c.past(b), rows = (to - from) * g, first = number * CHUNK;
+        end = c.parts > 1 ? std::min(past + to, first + CHUNK) : past + to;
+    }
+    // Of `count` keys from `at` on.
+    INLINE int seen(int64_t row, int64_t at, int count) const {
+        return static_cast<int>(std::clamp<int64_t>(past + from + row / g + 1 - at, 0, count));
+    }
+    // The first row that sees a key from `at` on.
+    INLINE int64_t first_to_see(int64_t at) const { return std::clamp<int64_t>((at - past - from) * g, 0, rows); }
+    INLINE void query(const Call& c, int64_t row, float* to) const {
+        const int64_t t = from + row / g;
+        turn(c, past + t, c.q + (b * c.T + t) * c.q_width + (h * g + row % g) * c.d, to);
+        for (int64_t j = 0; j < c.d; j++) to[j] *= c.k_scale ? c.scale * c.k_scale[h * c.d + j] : c.scale;
+    }
+    INLINE void answer(const Call& c, int64_t row, const float* sums, float total) const {
+        float* out = c.out + ((b * c.T + from + row / g) * c.n + h * g + row % g) * c.d;
+        const float over = 1.0f / total;
+        for (int64_t i = 0; i < c.d; i++) out[i] = sums[i] * over * (c.v_scale ? c.v_scale[h * c.d + i] : 1.0f);
+    }
+};
+
 template <typename Cell>
 INLINE void attend(const Call& c, int64_t index) {
-    const int64_t g = c.group(), d = c.d;
-    const int64_t part = index % c.parts, block = index / c.parts % c.blocks;
-    const int64_t head = index / c.parts / c.blocks, b = head / c.m, h = head % c.m;
-    const int64_t from = block * c.tokens, to = std::min(c.T, from + c.tokens), past = c.past(b);
-    const int64_t rows = (to - from) * g;
-    const int64_t first = part * CHUNK;
-    const int64_t end = c.parts > 1 ? std::min(past + to, first + CHUNK) : past + to;
-
-    scratch.resize(rows * (2 * d + 2));
+    const Part part(c, index);
+    const int64_t d = c.d, rows = part.rows;
+    const bool many = rows > 2 * AT_ONCE;  // what they read is made ready once for all
+    scratch.resize(rows * (2 * d + 2) + (many ? 2 * TILE * d : 0));
     float *q = scratch.data(), *sums = q + rows * d, *most = sums + rows * d, *total = most + rows;
+    float *some_keys = total + rows, *some_values = some_keys + TILE * d;
     std::fill(sums, most, 0.0f);
     std::fill(most, total, -INFINITY);
     std::fill(total, total + rows, 0.0f);
-    for (int64_t t = from; t < to; t++)
-        for (int64_t i = 0; i < g; i++) {
-            float* row = q + ((t - from) * g + i) * d;
-            turn(c, past + t, c.q + (b * c.T + t) * c.q_width + (h * g + i) * d, row);
-            for (int64_t j = 0; j < d; j++) row[j] *= c.k_scale ? c.scale * c.k_scale[h * d + j] : c.scale;
-        }
+    for (int64_t r = 0; r < rows; r++) part.query(c, r, q + r * d);
 
-    const Cell* keys = static_cast<const Cell*>(c.keys) + head * c.C * d;
-    const Cell* values = static_cast<const Cell*>(c.values) + head * c.C * d;
-    for (int64_t at = first; at < end; at += TILE) {
-        const int count = static_cast<int>(std::min<int64_t>(TILE, end - at));
-        int seen[3];
-        for (int64_t r = 0; r < rows;) {
-            const int left = static_cast<int>(std::min<int64_t>(3, rows - r));
-            for (int i = 0; i < left; i++)
-                seen[i] = static_cast<int>(std::clamp<int64_t>(past + from + (r + i) / g + 1 - at, 0, count));
-            if (seen[left - 1]) {
-                float *x = q + r * d, *y = sums + r * d;
-                const Cell *k = keys + at * d, *v = values + at * d;
-                if (left == 3) tile<3>(x, k, v, count, d, seen, most + r, total + r, y);
-                if (left == 2) tile<2>(x, k, v, count, d, seen, most + r, total + r, y);
-                if (left == 1) tile<1>(x, k, v, count, d, seen, most + r, total + r, y);
+    const Cell* keys = static_cast<const Cell*>(c.keys) + part.head * c.C * d;
+    const Cell* values = static_cast<const Cell*>(c.values) + part.head * c.C * d;
+    for (int64_t at = part.first; at < part.end; at += TILE) {
+        const int count = static_cast<int>(std::min<int64_t>(TILE, part.end - at));
+        const auto all_rows = [&](const auto across, const auto* k, const auto* v) __attribute__((always_inline)) {
+            for (int64_t r = 0; r < rows; r += AT_ONCE) {
+                const int left = static_cast<int>(std::min<int64_t>(AT_ONCE, rows - r));
+                int seen[AT_ONCE];
+                for (int i = 0; i < left; i++) seen[i] = part.seen(r + i, at, count);
+                if (seen[left - 1])
+                    tiles<AT_ONCE, across.value>(left, q + r * d, k, v, count, d, seen, most + r, total + r,
+                                                 sums + r * d);
             }
-            r += left;
+        };
+        if (many) {
+            turned_over(keys + at * d, count, d, some_keys);
+            all_rows(std::true_type(), some_keys, as_floats(values + at * d, count * d, some_values));
+        } else {
+            all_rows(std::false_type(), keys + at * d, values + at * d);
         }
     }
 
@@ -188,11 +255,7 @@ INLINE void attend(const Call& c, int64_t index) {
         std::memcpy(to_merge, sums, rows * (d + 2) * sizeof(float));
         return;
     }
-    for (int64_t r = 0; r < rows; r++) {
-        float* out = c.out + ((b * c.T + from + r / g) * c.n + h * g + r % g) * d;
-        const float over = 1.0f / total[r];
-        for (int64_t i = 0; i < d; i++) out[i] = sums[r * d + i] * over * (c.v_scale ? c.v_scale[h * d + i] : 1.0f);
-    }
+    for (int64_t r = 0; r < rows; r++) part.answer(c, r, sums + r * d, total[r]);
 }
 
 void append_float(void* c, size_t index) { append<float>(*static_cast<const Call*>(c), index); }

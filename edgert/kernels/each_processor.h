@@ -6,3 +6,4 @@ namespace any_processor {
 }
 
 #include "avx2_processor.h"
+#include "avx512_processor.h"

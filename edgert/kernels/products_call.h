@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+constexpr int LINE = 64;          // bytes of a line of memory
 constexpr int WIDE = 8;           // floats in a vector
 constexpr int GROUP = 32;         // codes that are taken at once
 constexpr int ROWS_AT_ONCE = 8;   // rows that share what is read of the weights
@@ -20,7 +21,7 @@ struct Call {
     const uint8_t* zeros;                   // [N, zero_bytes], or null: all are `middle`
     int64_t zero_bytes, middle;
     float* y;         // [M, N]
-    int16_t* rounded; // [M, groups, GROUP] in the order of the codes
+    void* rounded;    // [M, groups, GROUP] in the order of the codes, of a stage's own type
     float* steps;     // [M] what 1 of a row's rounded ones stands for
 
     int64_t panel, panels, chunk;  // columns of a piece; pieces beside each other; rows of a piece

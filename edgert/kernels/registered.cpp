@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "operator.h"
+#include "processor.h"
 
 // What ONNX Runtime calls when the library is given to a session.
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
@@ -19,4 +20,16 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
         domain = fresh;
     }
     return api->add_domain(options, domain);
+}
+
+// The newest instructions of this processor that are used, as a person names them.
+extern "C" __attribute__((visibility("default"))) const char* edgert_instructions() {
+#ifdef EDGERT_HAS_AMX
+    if (AMX) return "AVX-512 and AMX";
+#endif
+#ifdef EDGERT_HAS_AVX2
+    if (AVX512) return "AVX-512";
+    if (AVX2) return "AVX2";
+#endif
+    return "";
 }

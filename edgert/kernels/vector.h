@@ -1,5 +1,5 @@
-// Vectors of eight floats, for the processor that the including file names: it includes this once
-// for each, in a namespace of its own.
+// Vectors of WIDE floats, 8 or 16, for the processor that the including file names: it includes this
+// once for each, in a namespace of its own.
 
 typedef float Vec __attribute__((vector_size(WIDE * 4)));
 typedef float Four __attribute__((vector_size(16)));
@@ -13,7 +13,9 @@ INLINE Vec load(const float* from) {
 }
 
 INLINE Vec load(const int8_t* from) {
-#ifdef EDGERT_AVX2  // otherwise GCC takes them apart one by one
+#if defined(EDGERT_AVX512)  // otherwise GCC takes them apart one by one
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(EDGERT_AVX2)
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #else
     Codes codes;
@@ -25,7 +27,11 @@ INLINE Vec load(const int8_t* from) {
 INLINE void store(float* to, const Vec& value) { std::memcpy(to, &value, sizeof value); }
 
 INLINE Vec all(float value) {
+#ifdef EDGERT_AVX512
+    return _mm512_set1_ps(value);
+#else
     return Vec{value, value, value, value, value, value, value, value};
+#endif
 }
 
 INLINE Vec chosen(const Ints& which, const Vec& a, const Vec& b) {
@@ -34,14 +40,16 @@ INLINE Vec chosen(const Ints& which, const Vec& a, const Vec& b) {
 
 INLINE Vec larger(const Vec& a, const Vec& b) { return chosen(a > b, a, b); }
 
-INLINE float sum(const Vec& v) {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+// Sums of the lanes that are a multiple of four apart.
+INLINE Four by_fours(const Vec& v) {
+    Four part[WIDE / 4];
+    std::memcpy(part, &v, sizeof v);
+    return WIDE == 8 ? part[0] + part[1] : (part[0] + part[WIDE / 8]) + (part[1] + part[WIDE / 4 - 1]);
 }
 
-INLINE Four halves(const Vec& v) {
-    Four half[2];
-    std::memcpy(half, &v, sizeof v);
-    return half[0] + half[1];
+INLINE float sum(const Vec& v) {
+    const Four four = by_fours(v);
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // GCC before 12 lacks the builtin that Clang has as well.
@@ -54,7 +62,7 @@ typedef int32_t Places __attribute__((vector_size(16)));
 
 // The sums of four vectors, side by side.
 INLINE Four sums(const Vec* v) {
-    const Four a = halves(v[0]), b = halves(v[1]), c = halves(v[2]), d = halves(v[3]);
+    const Four a = by_fours(v[0]), b = by_fours(v[1]), c = by_fours(v[2]), d = by_fours(v[3]);
     const Four ab = SHUFFLED(a, b, 0, 4, 1, 5) + SHUFFLED(a, b, 2, 6, 3, 7);
     const Four cd = SHUFFLED(c, d, 0, 4, 1, 5) + SHUFFLED(c, d, 2, 6, 3, 7);
     return SHUFFLED(ab, cd, 0, 1, 4, 5) + SHUFFLED(ab, cd, 2, 3, 6, 7);

@@ -4,7 +4,7 @@
 //             first the even ones of a group, which are the low halves of bytes, then the odd ones
 //   multiply  a piece of the result: some columns of some rows
 
-constexpr int LINE = 64, AHEAD = 2048;  // bytes: of a line of memory; read before they are needed
+constexpr int AHEAD = 2048;  // bytes read before they are needed
 
 typedef int16_t Shorts __attribute__((vector_size(WIDE * 4)));
 
@@ -60,7 +60,7 @@ INLINE void add_blocks(const Call& c, int64_t row, int64_t column, int64_t first
     const uint8_t* codes[P];
     const float* scales[P];
     for (int p = 0; p < P; p++) {
-        x[p] = c.rounded + row * wide + begin[p] * each * GROUP;
+        x[p] = static_cast<const int16_t*>(c.rounded) + row * wide + begin[p] * each * GROUP;
         codes[p] = c.codes + (column * c.groups + begin[p] * each) * K::BYTES;
         scales[p] = c.scales + column * c.blocks + begin[p];
     }
@@ -180,7 +180,7 @@ INLINE void round_group(const float* x, const Vec& by, int16_t* to) {
 template <bool SPLIT>
 INLINE void round_row(const Call& c, int64_t row) {
     const float* x = c.x + row * c.K;
-    int16_t* to = c.rounded + row * c.groups * GROUP;
+    int16_t* to = static_cast<int16_t*>(c.rounded) + row * c.groups * GROUP;
     const Ints magnitude = Ints{} + 0x7fffffff;
     Ints most = {};  // bits of numbers without a sign, which are in the order of the numbers
     int64_t i = 0;
@@ -209,5 +209,5 @@ INLINE void round_row(const Call& c, int64_t row) {
     }
 }
 
-void round_split(void* call, size_t row) { round_row<true>(*static_cast<const Call*>(call), row); }
-void round_straight(void* call, size_t row) { round_row<false>(*static_cast<const Call*>(call), row); }
+void round_4(void* call, size_t row) { round_row<true>(*static_cast<const Call*>(call), row); }
+void round_8(void* call, size_t row) { round_row<false>(*static_cast<const Call*>(call), row); }

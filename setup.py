@@ -1,8 +1,8 @@
 """Only what pyproject.toml cannot say.
 
 Recipe folders at the top level are installed inside the package, as `edgert.recipes.<folder>`, so
-that a wheel carries them. They hold no Python. An editable install does not map folders without
-Python files; there the loader reads the folder beside the package.
+that a wheel carries them. They hold no Python. An editable install does not map them; there the
+loader reads the folder beside the package.
 
 The kernels are a plain shared library in the form of an extension module: setuptools then finds the
 compiler, and `optional` installs edgert without them where there is none.
@@ -44,5 +44,9 @@ setup(
             py_limited_api=True,  # it uses none of Python's interface: one wheel for all versions
         )
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310"},
+        # an editable install is a path: its default, a hook, is run at each start of Python
+        "editable_wheel": {"mode": "compat"},
+    },
 )

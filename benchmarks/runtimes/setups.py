@@ -44,6 +44,10 @@ GENAI_MIXED = "k_quant_mixed"
 # need is left out.
 CMAKE = ("GGML_NATIVE=ON", "LLAVA_BUILD=OFF", "LLAMA_BUILD_TOOLS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
 CMAKE += ("LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_SERVER=OFF", "LLAMA_OPENSSL=OFF")
+# Its products by AMX crash with this model (0.3.36, in ggml_backend_amx_mul_mat).
+if "amx_int8" in instruction_set():
+    CMAKE += ("CMAKE_C_FLAGS=-mno-amx-int8", "CMAKE_CXX_FLAGS=-mno-amx-int8")
+LLAMA_BUILD = "native without AMX" if "amx_int8" in instruction_set() else "native"
 JOBS = 2
 
 
@@ -167,7 +171,7 @@ def llama(shop: Workshop, variant: str) -> Side:
     return Side(
         name=f"llama-{variant}",
         bits={"f32": 32, "q8_0": 8, "q4_0": 4, "q4_1": 4}[variant],
-        about=f"llama.cpp of llama-cpp-python {LLAMA}, native",
+        about=f"llama.cpp of llama-cpp-python {LLAMA}, {LLAMA_BUILD}",
         weight_bytes=gguf_bytes(path),
         kv_bytes=2 * kv_values(shop.config),  # its default is float16
         python=str(llama_python(shop)),

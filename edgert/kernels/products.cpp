@@ -68,8 +68,8 @@ int64_t room_of(const Call& c, int64_t lines, int64_t groups, int64_t bytes) {
 const Way AVX2_FEW{STAGES_OF(avx2, round), STAGES_OF(avx2, multiply), ROOM_OF(1, 1, int16_t[GROUP]), 16, false};
 const Way AVX2_MANY{STAGES_OF(avx2, round), STAGES_OF(avx2, multiply), ROOM_OF(1, 1, int16_t[GROUP]), 32, true};
 const Way FEW{STAGES_OF(avx512, round_few), STAGES_OF(avx512, few), ROOM_OF(1, 4, avx512::Unit), 16, false};
-const Way PANELS{STAGES_OF(avx512, round_panels), STAGES_OF(avx512, panels),
-                 ROOM_OF(16, 1, avx512::Vectors<4>::Rows), 16 * avx512::MOST_PANELS, false};
+const Way PANELS{STAGES_OF(avx512, round_panels), STAGES_OF(avx512, panels), ROOM_OF(16, 1, avx512::Sixteen),
+                 16 * avx512::PANELS, false};
 #ifdef EDGERT_HAS_AMX
 const Way TILES{STAGES_OF(avx512, round_tiles), STAGES_OF(avx512, tiles), ROOM_OF(32, 1, avx512::Lines[2]), 32, false};
 #endif

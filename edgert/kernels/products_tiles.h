@@ -18,34 +18,36 @@ INLINE void round_tile(const Call& c, int64_t row) {
     }
 }
 
-// Weights of 16 columns, a group of each.
+// Weights of 16 columns, a group of each: pairs of inputs, columns side by side.
 template <int BITS>
-struct Weights {
-    struct alignas(LINE) Panel {
-        Lines pairs;
-        float scales[16];
-        int32_t zeros[16];
-    };
+struct alignas(LINE) Weights {
+    Lines pairs;
+    float scales[16];
+    int32_t zeros[16];
 
-    static INLINE int64_t place(int64_t, int64_t g) { return g; }
-    static INLINE void put(const Call& c, Panel& panel, int q, __m512i codes) {
-        const __m512 scales = _mm512_load_ps(panel.scales);
-        const __m512 zeros = c.zeros ? _mm512_cvtepi32_ps(bytes(panel.zeros)) : _mm512_set1_ps(c.middle);
+    INLINE void put(const Call& c, int q, Bytes codes) {
+        const __m512 by = _mm512_load_ps(scales);
+        const __m512 less = c.zeros ? _mm512_cvtepi32_ps(bytes(zeros)) : _mm512_set1_ps(c.middle);
         constexpr int PAIRS = 16 / BITS;
         for (int i = 0; i < PAIRS; i++) {
-            const __m512 even = weight(_mm512_srli_epi32(codes, 2 * i * BITS), zeros, scales);
-            const __m512 odd = weight(_mm512_srli_epi32(codes, (2 * i + 1) * BITS), zeros, scales);
-            _mm512_store_si512(panel.pairs[q * PAIRS + i], paired(nearest(even), nearest(odd)));
+            const __m512 even = weight(_mm512_srli_epi32(codes, 2 * i * BITS), less, by);
+            const __m512 odd = weight(_mm512_srli_epi32(codes, (2 * i + 1) * BITS), less, by);
+            _mm512_store_si512(pairs[q * PAIRS + i], paired(nearest(even), nearest(odd)));
         }
     }
-    static INLINE __m512 weight(__m512i codes, const __m512& zeros, const __m512& scales) {
+    static INLINE __m512 weight(Bytes codes, const __m512& less, const __m512& by) {
         const __m512 sixteen = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const __m512 code = BITS == 4 ? _mm512_permutexvar_ps(codes, sixteen)  // by its lowest four binary digits
                                       : _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(255)));
-        return _mm512_mul_ps(_mm512_sub_ps(code, zeros), scales);
+        return _mm512_mul_ps(_mm512_sub_ps(code, less), by);
     }
     // So that the higher half is the nearest bfloat16.
     static INLINE __m512i nearest(__m512 x) { return _mm512_add_epi32((__m512i)x, _mm512_set1_epi32(0x8000)); }
+};
+
+// Sums of 16 rows by 16 columns over some groups.
+struct alignas(LINE) Sums {
+    float of[16][16];
 };
 
 // 32 rows of 32 columns from `begin` on.
@@ -64,15 +66,14 @@ constexpr int64_t TOGETHER = 6;  // groups that the first cache holds of 32 rows
 // A piece: 32 columns of all rows, some groups of all before the next ones.
 template <int BITS>
 INLINE void by_tiles(const Call& c, int64_t index) {
-    typedef typename Weights<BITS>::Panel Panel;
-    thread_local std::vector<Panel> room;
+    thread_local std::vector<Weights<BITS>> room;
     thread_local std::vector<Sums> sums;
     const int64_t begin = index * c.panel, pairs = (c.M + 31) / 32;  // of 16 rows
     if (static_cast<int64_t>(room.size()) < 2 * c.groups) room.resize(2 * c.groups);
     if (static_cast<int64_t>(sums.size()) < 4 * pairs) sums.resize(4 * pairs);
-    Panel *left = room.data(), *right = left + c.groups;
-    arrange<BITS, Weights<BITS>>(c, begin, left);
-    arrange<BITS, Weights<BITS>>(c, begin + 16, right);
+    Weights<BITS> *left = room.data(), *right = left + c.groups;
+    arrange<BITS>(c, begin, left);
+    arrange<BITS>(c, begin + 16, right);
     for (int64_t first = 0; first < c.groups; first += TOGETHER) {
         const int64_t last = std::min(c.groups, first + TOGETHER);
         for (int64_t pair = 0; pair < pairs; pair++) {

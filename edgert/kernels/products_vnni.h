@@ -4,16 +4,13 @@
 // Activations of 16 bits are a high and a low byte, both with a sign, so a sum of products is
 // 256 times that of the high ones and that of the low ones: exact, in whole numbers, for each group
 // of 32. Only then is it rounded to a float, scaled and added, in one order: groups 0, 4, 8 ..., those
-// from 1, from 2 and from 3 on, then (0 + 2) + (1 + 3). So it does not matter by which of the three
-// ways the whole numbers came about:
-//
-//   few rows   four columns at a time, codes as they come from memory
-//   panels     16 columns side by side, whose codes are put in order once for all rows (products_panels.h)
-//   tiles      the same by AMX, 16 rows at a time (products_tiles.h)
+// from 1, from 2 and from 3 on, then (0 + 2) + (1 + 3). So it does not matter by which of two ways the
+// whole numbers came about: for few rows, here, four columns at a time, whose codes are taken as they
+// come from memory; for many by panels (products_panels.h).
 
 typedef __m512i Bytes;
 
-// Some rows' activations, a unit of four groups at a time, for `few rows`.
+// A row's activations, four groups at a time.
 struct alignas(LINE) Unit {
     int8_t high[4 * GROUP], low[4 * GROUP];  // in the order of the codes
     int32_t offset[16];                      // of each group four times: its sum, as `offset_of` says
@@ -219,7 +216,7 @@ INLINE void few(const Call& c, int64_t row, int64_t column, int64_t end) {
             for (int i = 0; i < 4; i++)
                 for (int64_t line = 0; line < LOADED; line += LINE)
                     prefetch(codes[i] + u * LOADED + line + AHEAD);
-            prefetch(c.scales + column * c.blocks + u * 16 / c.each + AHEAD / (GROUP * BITS / 8) / c.each);
+            prefetch(c.scales + column * c.blocks + (u * 16 + AHEAD * 8 / BITS / GROUP) / c.each);
         }
         add(u, 4);
     }
@@ -232,7 +229,7 @@ INLINE void few(const Call& c, int64_t row, int64_t column, int64_t end) {
     }
 }
 
-// A piece of `few rows`: some columns of all rows.
+// A piece: some columns of all rows.
 template <int BITS>
 INLINE void few(const Call& c, int64_t index) {
     const int64_t end = std::min(c.N, (index + 1) * c.panel);

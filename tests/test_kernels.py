@@ -174,7 +174,7 @@ CASES = {
     "many heads of one": (64, 1, 8, 200, 3, [150], {"interleaved": 1}),
     "one head each": (5, 5, 48, 100, 9, [64], {"interleaved": 0}),
     "chunks of wide heads": (8, 2, 128, 420, 50, [3, 300], {"interleaved": 0}),
-    "as few as tiles take": (4, 4, 64, 90, 16, [0, 70], {"rotary": 0, "packed": False}),
+    "as few as tiles take": (4, 4, 64, 90, 17, [0, 70], {"rotary": 0, "packed": False}),
     "wider than tiles take": (2, 1, 320, 60, 20, [7], {"interleaved": 1}),
 }
 
@@ -225,6 +225,22 @@ def test_threads_do_not_change_a_bit(codes, tokens, tmp_path):
     alone, two = (run(native_backend(n), proto, values, tmp_path) for n in (1, 2))
     for name, value in alone.items():
         assert value.tobytes() == two[name].tobytes()
+
+
+@built
+@pytest.mark.parametrize("codes", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize("tokens", [2, 9, 16])
+def test_tokens_of_a_guess_have_the_bits_of_single_steps(tokens, codes, tmp_path):
+    proto = attention(9, 3, 64, do_rotary=1, rotary_interleaved=1, codes=codes)
+    values = inputs(9, 3, 64, 200, tokens, [100], proto)
+    together = run(native_backend(), proto, values, tmp_path)
+    step = dict(values)
+    for t in range(tokens):
+        step |= {"q": values["q"][:, t : t + 1], "last": np.array([100 + t], np.int32)}
+        done = run(native_backend(), proto, step, tmp_path)
+        step |= {"past_k": done["k_next"].copy(), "past_v": done["v_next"].copy()}
+        assert done["out"].tobytes() == together["out"][:, t : t + 1].tobytes()
+    assert step["past_k"].tobytes() == together["k_next"].tobytes()
 
 
 @built

@@ -18,6 +18,7 @@ import edgert
 from edgert.errors import BadSession
 from edgert.generate import Piece
 from edgert.model import Model
+from edgert.runner import PREFILL_CHUNK
 from edgert.session import Session
 from edgert.sessionfile import read_session
 
@@ -130,8 +131,8 @@ def test_three_pauses_resumed_in_new_processes_go_on_bitwise(model, tmp_path, na
 
 
 def test_a_prefill_cancelled_between_chunks_goes_on_bitwise(model, tmp_path):
-    """A prompt of 700 tokens, in the state up to 512, saved and resumed."""
-    prompt = [5 + i * 37 % 40000 for i in range(700)]
+    """A prompt of three chunks, the first of them in the state, saved and resumed."""
+    prompt = [5 + i * 37 % 40000 for i in range(2 * PREFILL_CHUNK + 188)]
     options = {**COMMON, "max_tokens": 8}
     want = list(model.session().stream(prompt, **options))
     session = model.session()
@@ -146,7 +147,7 @@ def test_a_prefill_cancelled_between_chunks_goes_on_bitwise(model, tmp_path):
     assert [p.finish_reason for p in stream] == ["cancelled"]
     session.save(tmp_path / "s")
     with edgert.resume(tmp_path / "s", model) as resumed:
-        assert int(resumed.execution.lens[0]) == 512
+        assert int(resumed.execution.lens[0]) == PREFILL_CHUNK
         assert said(list(resumed.stream())) == said(want)
 
 

@@ -42,11 +42,19 @@ namespace avx512 {
 
 typedef void (*Stage)(void*, size_t);
 
+bool by_tiles(const Call& c) {
+#ifdef EDGERT_HAS_AMX
+    return AMX && c.many() && c.d % 64 == 0 && c.d <= 256;
+#else
+    return false;
+#endif
+}
+
 // The way to attend that this processor has for such a call.
 template <bool CODES>
 Stage attending(const Call& c) {
 #ifdef EDGERT_HAS_AMX
-    if (AMX && c.T >= 16 && c.d % 64 == 0 && c.d <= 256) return CODES ? avx512::many_codes : avx512::many_float;
+    if (by_tiles(c)) return CODES ? avx512::many_codes : avx512::many_float;
 #endif
 #ifdef EDGERT_HAS_AVX2
     if (AVX2 && c.d % avx512::WIDE) return CODES ? avx2::attend_codes : avx2::attend_float;
@@ -175,7 +183,7 @@ OrtStatus* Attention<CODES>::compute(OrtKernelContext* context) const {
 
     int64_t length = 0;
     for (int64_t b = 0; b < c.B; b++) length = std::max(length, c.past(b) + c.T);
-    c.tokens = std::max<int64_t>(1, ROWS / c.group());
+    c.tokens = std::max<int64_t>(1, (by_tiles(c) ? MANY_ROWS : ROWS) / c.group());
     c.blocks = (c.T + c.tokens - 1) / c.tokens;
     c.parts = 1;
     if (c.T == 1) {

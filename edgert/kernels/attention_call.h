@@ -11,6 +11,7 @@
 constexpr int TILE = 64;        // keys whose scores are at hand at once
 constexpr int64_t CHUNK = 256;  // keys of a part in a decode step; a multiple of TILE
 constexpr int ROWS = 96;        // queries of a part, about: those of as many tokens as fit
+constexpr int MANY_ROWS = 192;  // the same where keys and values take long to be made ready
 constexpr int WIDE = 8;         // floats in a vector; head sizes are multiples of it
 constexpr int64_t MAX_HEAD = 1024;
 
@@ -30,6 +31,8 @@ struct Call {
     int64_t tokens, blocks, parts;  // tokens in a block of rows; blocks; parts of the keys
     float* partial;                 // [B, m, blocks, parts, rows, d + 2] if there are several parts
 
+    // A guess of speculation is never of so many tokens: its bits are those of single steps.
+    bool many() const { return T > 16; }
     int64_t past(int64_t b) const { return std::max<int64_t>(0, int64_t{last[b]} + 1 - T); }
     int64_t group() const { return n / m; }
     int64_t stride() const { return tokens * group() * (d + 2); }

@@ -219,7 +219,7 @@ template <typename Cell>
 INLINE void attend(const Call& c, int64_t index) {
     const Part part(c, index);
     const int64_t d = c.d, rows = part.rows;
-    const bool many = rows > 2 * AT_ONCE;  // what they read is made ready once for all
+    const bool many = c.many();  // what they read is made ready once for all
     scratch.resize(rows * (2 * d + 2) + (many ? 2 * TILE * d : 0));
     float *q = scratch.data(), *sums = q + rows * d, *most = sums + rows * d, *total = most + rows;
     float *some_keys = total + rows, *some_values = some_keys + TILE * d;

@@ -87,7 +87,7 @@ bool faster() {
 // A row's bits are the same by FEW and PANELS, and by both of AVX2.
 const Way& way(int64_t rows) {
     if (!VNNI) return rows < 8 ? AVX2_FEW : AVX2_MANY;
-    if (rows <= 16) return FEW;
+    if (rows <= 16) return FEW;  // as many as a guess of speculation may be: the bits of single steps
 #ifdef EDGERT_HAS_AMX
     if (AMX) return TILES;
 #endif

@@ -210,17 +210,20 @@ INLINE void few(const Call& c, int64_t row, int64_t column, int64_t end) {
             total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, total[r]);
         }
     };
+    const auto ahead = [&](int64_t u) __attribute__((always_inline)) {
+        for (int i = 0; i < 4; i++)
+            for (int64_t line = 0; line < LOADED; line += LINE) prefetch(codes[i] + u * LOADED + line + AHEAD);
+        prefetch(c.scales + column * c.blocks + (u * 16 + AHEAD * 8 / BITS / GROUP) / c.each);
+    };
     int64_t u = 0;
     for (; u < c.groups / 4; u++) {
-        if (R == 1) {
-            for (int i = 0; i < 4; i++)
-                for (int64_t line = 0; line < LOADED; line += LINE)
-                    prefetch(codes[i] + u * LOADED + line + AHEAD);
-            prefetch(c.scales + column * c.blocks + (u * 16 + AHEAD * 8 / BITS / GROUP) / c.each);
-        }
+        if (R == 1) ahead(u);
         add(u, 4);
     }
-    if (u < units) add(u, c.groups % 4);
+    if (u < units) {
+        if (R == 1) ahead(u);
+        add(u, c.groups % 4);
+    }
     for (int r = 0; r < R; r++) {
         const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(total[r]), _mm512_extractf32x8_ps(total[r], 1));
         const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));

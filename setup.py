@@ -15,13 +15,8 @@ from setuptools import Extension, find_packages, setup
 RECIPE_FOLDERS = ("export", "engines")
 KERNELS = "edgert/kernels"
 OPTIONS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
-QUIET = [
-    "-fvisibility=hidden",
-    "-Wno-psabi",
-    "-Wno-unused-function",
-    "-Wno-maybe-uninitialized",
-    "-Wno-uninitialized",
-]
+QUIET = ["-Wno-psabi", "-Wno-unused-function"]
+QUIET += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12, of its own AVX-512 header
 
 setup(
     packages=[

@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 import numpy as np
 
 import edgert
 from edgert import kernels
+from edgert.evaluate import divergence
 
 KINDS = {"avx512": "AVX-512 and VNNI", "1": "", "avx2": "AVX2", "0": "ONNX Runtime's"}
 """By EDGERT_NATIVE; the second is the newest, which the library names."""
@@ -54,15 +54,9 @@ def work(bundle: Path, variant: str, threads: int, depth: int, file: Path) -> di
 
 def beside(file: Path, other: Path) -> tuple[float, float]:
     """KL divergence of the second's predictions from the first's, and equal best tokens."""
-
-    def logarithms(path: Path) -> np.ndarray[Any, np.dtype[np.float64]]:
-        x = np.load(path).astype(np.float64)
-        x -= x.max(-1, keepdims=True)
-        return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
-
-    p, q = logarithms(file), logarithms(other)
-    divergence = float((np.exp(p) * (p - q)).sum(-1).mean())
-    return divergence, float((p.argmax(-1) == q.argmax(-1)).mean())
+    want, got = np.load(file), np.load(other)
+    equal = float((want.argmax(-1) == got.argmax(-1)).mean())
+    return float(divergence(want, got).mean()), equal
 
 
 @click.command()
@@ -82,7 +76,7 @@ def main(
     library = kernels.library()
     newest = kernels.instructions(library) if library else ""
     kinds = {kind: name or newest for kind, name in KINDS.items() if name != newest}
-    if "AVX-512" not in newest:
+    if "AMX" not in newest:  # then the newest are these, or older ones
         kinds.pop("avx512")
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
@@ -103,8 +97,8 @@ def main(
             prefill, step = (median(r[key] for r in found[kind]) for key in ("prefill", "step"))
             line = f"| {name} | {depth / prefill * 1e3:,.0f} | {step:.2f} "
             if kind != first:
-                divergence, equal = beside(files[first], files[kind])
-                line += f"| {divergence:.5f} | {equal:.1%} |"
+                apart, equal = beside(files[first], files[kind])
+                line += f"| {apart:.5f} | {equal:.1%} |"
             print(line if kind != first else line + "| | |")
 
 

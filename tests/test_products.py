@@ -7,8 +7,6 @@ for each that this one can stand for.
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +40,8 @@ FEW_ROWS = 16  # so many at most are multiplied as a single one is
 
 def by_tiles() -> bool:
     """Whether more rows are multiplied by AMX, in bfloat16."""
-    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    limited = os.environ.get("EDGERT_NATIVE") in ("avx2", "avx512")
-    return {"amx_bf16", "amx_tile", "avx512_bf16"} <= set(flags.split()) and not limited
+    library = kernels.library()
+    return library is not None and "AMX" in kernels.instructions(library)
 
 
 class Case(NamedTuple):

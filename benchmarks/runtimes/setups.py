@@ -45,9 +45,10 @@ GENAI_MIXED = "k_quant_mixed"
 CMAKE = ("GGML_NATIVE=ON", "LLAVA_BUILD=OFF", "LLAMA_BUILD_TOOLS=OFF", "LLAMA_BUILD_EXAMPLES=OFF")
 CMAKE += ("LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_SERVER=OFF", "LLAMA_OPENSSL=OFF")
 # Its products by AMX crash with this model (0.3.36, in ggml_backend_amx_mul_mat).
+LLAMA_BUILD = "native"
 if "amx_int8" in instruction_set():
+    LLAMA_BUILD += " without AMX"
     CMAKE += ("CMAKE_C_FLAGS=-mno-amx-int8", "CMAKE_CXX_FLAGS=-mno-amx-int8")
-LLAMA_BUILD = "native without AMX" if "amx_int8" in instruction_set() else "native"
 JOBS = 2
 
 

@@ -44,21 +44,25 @@ def library() -> Path | None:
 
 
 @cache
+def _loaded(library: Path) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # compiled for another processor or system
+        return None
+
+
 def multiplies(library: Path) -> bool:
     """Whether this processor is one for which our products are faster than ONNX Runtime's."""
-    try:
-        return bool(ctypes.CDLL(str(library)).edgert_products())
-    except OSError:  # compiled for another processor or system
-        return False
+    loaded = _loaded(library)
+    return loaded is not None and bool(loaded.edgert_products())
 
 
-@cache
 def instructions(library: Path) -> str:
     """The newest instructions of this processor that the kernels use, "" for those of every one."""
-    try:
-        name = ctypes.CDLL(str(library)).edgert_instructions
-    except OSError:
+    loaded = _loaded(library)
+    if loaded is None:
         return ""
+    name = loaded.edgert_instructions
     name.restype = ctypes.c_char_p
     return str(name().decode())
 

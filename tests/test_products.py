@@ -35,7 +35,7 @@ ours = pytest.mark.skipif(
 )
 
 
-FEW_ROWS = 16  # so many at most are multiplied as a single one is
+FEW_ROWS = 17  # so many at most are multiplied as a single one is
 
 
 def by_tiles() -> bool:
@@ -121,6 +121,7 @@ CASES = [
         (7, 37, 160),
         (16, 9, 1536),
         (17, 33, 32),
+        (18, 33, 32),
         (75, 70, 192),
         (129, 50, 608),
     )

@@ -31,8 +31,8 @@ struct Call {
     int64_t tokens, blocks, parts;  // tokens in a block of rows; blocks; parts of the keys
     float* partial;                 // [B, m, blocks, parts, rows, d + 2] if there are several parts
 
-    // A guess of speculation is never of so many tokens: its bits are those of single steps.
-    bool many() const { return T > 16; }
+    // Speculation checks 17 tokens in a step at most: their bits are those of single steps.
+    bool many() const { return T > 17; }
     int64_t past(int64_t b) const { return std::max<int64_t>(0, int64_t{last[b]} + 1 - T); }
     int64_t group() const { return n / m; }
     int64_t stride() const { return tokens * group() * (d + 2); }

@@ -4,7 +4,7 @@
 // Activations are rounded to 16 bits, a row at a time by its largest. Weights are used as they lie in
 // the file: nothing is packed when a model is loaded, and the pages are those of the file. A row's
 // result does not depend on the number of rows, nor of threads, bit for bit: a prompt read at once
-// and a token at a time agree. Only AMX has another way, of bfloat16, for more than 16 rows.
+// and a token at a time agree. Only AMX has another way, of bfloat16, for more than 17 rows.
 //
 // There are ways for processors with AVX2 (products_avx2.h), with AVX-512 and VNNI
 // (products_vnni.h), and with AMX beside them (products_tiles.h). On others ONNX Runtime's kernels
@@ -87,7 +87,7 @@ bool faster() {
 // A row's bits are the same by FEW and PANELS, and by both of AVX2.
 const Way& way(int64_t rows) {
     if (!VNNI) return rows < 8 ? AVX2_FEW : AVX2_MANY;
-    if (rows <= 16) return FEW;  // as many as a guess of speculation may be: the bits of single steps
+    if (rows <= 17) return FEW;  // as many as speculation checks in a step: the bits of single ones
 #ifdef EDGERT_HAS_AMX
     if (AMX) return TILES;
 #endif
